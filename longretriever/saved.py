@@ -1,0 +1,214 @@
+"""How a store, a model or an index lies on disk: a folder that is whole or absent, and says what it is.
+
+Files are written into a sibling folder, hashed, synced and then renamed into place, so a crash at any
+moment leaves the old folder or the new one. `manifest.json` holds the format version, the package
+version, the configuration, size and SHA-256 of every file, and the fingerprint of what it was made from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longretriever.errors import Damaged, Mismatch, NotSaved
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_HASHED_AT_OPEN = 1 << 20  # bytes: smaller files are always hashed, larger ones only by `verify`
+_MADE_BY = {"store": "longretriever ingest", "model": "longretriever train", "index": "longretriever index"}
+
+
+def package_version() -> str:
+    try:
+        return version("longretriever")
+    except PackageNotFoundError:  # a source tree on the path, never installed
+        return "0+unknown"
+
+
+@dataclass
+class Folder:
+    """A folder being written: put files into `path`, facts into `facts`, origins into `made_from`."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    made_from: dict[str, str] = field(default_factory=dict)
+
+    def save_array(self, name: str, array: np.ndarray) -> None:
+        np.save(self.path / f"{name}.npy", array, allow_pickle=False)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says of a folder.
+
+    `fingerprint` is a SHA-256 over names and hashes of all files: equal content, equal fingerprint.
+    `made_from` maps a kind ("store", "model") to the fingerprint of the folder that this one was made from.
+    """
+
+    path: Path
+    kind: str
+    facts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    made_from: dict[str, str]
+    fingerprint: str
+
+    def load_array(self, name: str, mmap: bool = True) -> np.ndarray:
+        """The array saved under `name`, memory-mapped read-only unless `mmap` is off."""
+        file = self.path / f"{name}.npy"
+        try:
+            return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+        except ValueError as error:
+            raise Damaged(
+                f"{file}: not a NumPy array file ({error}). {_make_again(self.kind, self.path)}"
+            ) from error
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], kind: str) -> Iterator[Folder]:
+    """Write a folder of this kind to `path`, replacing an older one only once the new one is complete.
+
+    On an error inside the block nothing is left behind and an older folder stays as it was.
+    """
+    target = Path(path)
+    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
+        raise NotSaved(
+            f"{target} exists and is not a {kind} of longretriever, so it will not be overwritten. "
+            "Choose another path, or remove it."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        folder = Folder(partial)
+        yield folder
+        _write_manifest(folder, kind)
+        _move_into_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def opening(path: str | os.PathLike[str], kind: str, verify: bool = False) -> Manifest:
+    """Read and check the manifest of a folder of this kind.
+
+    Always compares the size of every file, and the SHA-256 of those under 1 MiB, so that opening takes
+    milliseconds; `verify=True` hashes everything.
+
+    Raises `NotSaved` when there is no such folder, `Mismatch` when it is of another kind or format,
+    `Damaged` when a file is missing, cut off or altered.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise NotSaved(f"{folder}: no such folder. Expected a {kind}: make one with `{_MADE_BY[kind]}`.")
+    if not (folder / MANIFEST).is_file():
+        raise NotSaved(
+            f"{folder}: no {MANIFEST} in it, so it is not a {kind} of longretriever. "
+            f"Make one with `{_MADE_BY[kind]}`."
+        )
+    try:
+        raw = json.loads((folder / MANIFEST).read_text())
+        manifest = Manifest(
+            folder, raw["kind"], raw["facts"], raw["files"], raw["made_from"], raw["fingerprint"]
+        )
+        found_format = raw["format"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"{folder / MANIFEST}: unreadable ({type(error).__name__}: {error}). {_make_again(kind, folder)}"
+        ) from error
+    if manifest.kind != kind:
+        raise Mismatch(f"{folder} is a {manifest.kind}, expected a {kind}. Pass the path of a {kind}.")
+    if found_format != FORMAT:
+        raise Mismatch(
+            f"{folder} has format {found_format}, this version reads format {FORMAT}. "
+            f"{_make_again(kind, folder)}"
+        )
+    for name, facts in manifest.files.items():
+        _check_file(folder / name, facts, kind, folder, verify)
+    if _fingerprint(manifest.files) != manifest.fingerprint:
+        raise Damaged(f"{folder / MANIFEST}: altered by hand. {_make_again(kind, folder)}")
+    return manifest
+
+
+def _check_file(file: Path, facts: dict[str, Any], kind: str, folder: Path, verify: bool) -> None:
+    if not file.is_file():
+        raise Damaged(f"{file}: missing. {_make_again(kind, folder)}")
+    size = file.stat().st_size
+    if size != facts["bytes"]:
+        raise Damaged(f"{file}: {size:,} bytes, expected {facts['bytes']:,}. {_make_again(kind, folder)}")
+    if (verify or size < _HASHED_AT_OPEN) and _sha256(file) != facts["sha256"]:
+        raise Damaged(f"{file}: its SHA-256 is not the one written down. {_make_again(kind, folder)}")
+
+
+def _make_again(kind: str, folder: Path) -> str:
+    return f"Restore it from a copy, or make {folder} again with `{_MADE_BY.get(kind, 'longretriever')}`."
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fingerprint(files: dict[str, dict[str, Any]]) -> str:
+    lines = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _write_manifest(folder: Folder, kind: str) -> None:
+    names = sorted(str(f.relative_to(folder.path)) for f in folder.path.rglob("*") if f.is_file())
+    files = {
+        n: {"bytes": (folder.path / n).stat().st_size, "sha256": _sha256(folder.path / n)} for n in names
+    }
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "package": package_version(),
+        "fingerprint": _fingerprint(files),
+        "made_from": folder.made_from,
+        "facts": folder.facts,
+        "files": files,
+    }
+    (folder.path / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    for name in [*names, MANIFEST]:
+        sync(folder.path / name)
+    sync(folder.path)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(partial, target)
+    elif not _exchange(partial, target):  # without an atomic exchange there is a moment with neither
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        os.rename(target, old)
+        os.rename(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+    sync(target.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux `renameat2`); False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0

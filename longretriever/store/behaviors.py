@@ -1,0 +1,263 @@
+"""The store: "the last L behaviors of user u in category c before time t" is a slice of an array.
+
+Behaviors are sorted by (user, category, time), so a hard search is a binary search for the category
+among the user's groups and one for the time inside the group; nothing is scanned or copied, and every
+array is memory-mapped, so a store opens in milliseconds and its pages are shared between processes.
+
+Numbers: users, categories and items are numbered 0.. by sorted id; items are sorted by (category, id),
+so a category is a range of item numbers. An "event row" is a position in the `event_*` arrays.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.ipc
+
+from longretriever.errors import Damaged, UnknownCategory, UnknownItem, UnknownUser
+from longretriever.events import CATEGORY, ITEM, SECONDS_PER_DAY, USER
+from longretriever.saved import Manifest, opening
+
+FLOOR = 3_600
+"""Seconds: a behavior counts as at least this old in Equation 3, so that the newest is not infinite."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A categorical field: `values[code - 1]` is the value of `code`; code 0 is missing or unknown."""
+
+    name: str
+    values: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.values) + 1
+
+    def codes_in(self, other: Vocabulary) -> np.ndarray:
+        """[size] for each code here, the code of the same value in `other` (0 where it has none)."""
+        known = {value: code for code, value in enumerate(other.values, start=1)}
+        return np.array([0, *(known.get(value, 0) for value in self.values)], dtype=np.int32)
+
+
+class Ids:
+    """Sorted ids, kept in a memory-mapped Arrow file: number -> id by position, id -> number by bisection.
+
+    A lookup costs about 20 reads of the file for a million ids; nothing is held in memory.
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def are_integers(self) -> bool:
+        return bool(pa.types.is_integer(self.values.type))
+
+    def number_of(self, key: int | str) -> int | None:
+        """The number of an id, None when it is not here (or is of the other type)."""
+        if isinstance(key, np.generic):
+            key = key.item()
+        if isinstance(key, bool) or isinstance(key, int) != self.are_integers:
+            return None
+        at = bisect.bisect_left(_Lazy(self.values), key)
+        return at if at < len(self.values) and self.values[at].as_py() == key else None
+
+    def take(self, numbers: np.ndarray | Sequence[int]) -> list[Any]:
+        return self.values.take(pa.array(np.asarray(numbers, dtype=np.int64))).to_pylist()
+
+
+class _Lazy:
+    """A sequence view that turns one Arrow value at a time into a Python value, for `bisect`."""
+
+    def __init__(self, values: pa.Array) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, at: int) -> Any:
+        return self.values[at].as_py()
+
+
+class Store:
+    """A folder written by `longretriever ingest`, opened read-only.
+
+    E events, G groups (one for each user and category that met), U users, I items, C categories.
+
+    event_item      [E] item numbers
+    event_time      [E] seconds since the epoch, ascending within a group; equal times by item number
+    event_behavior  [E] code of the kind of behavior in `behaviors`
+    group_category  [G] ascending within a user
+    group_start     [G+1] first event row of each group
+    user_group      [U+1] first group of each user
+    category_start  [C+1] first item number of each category
+    category_group  [G] group numbers sorted by (category, user); ranges in `category_group_start` [C+1]
+    time_order      [E] event rows of each user, sorted by (time, row), inside the user's own range of rows
+    time_position   [E] where in `time_order` an event row stands
+    profile         [U, P] codes of the profile fields;  `profile_fields` names them
+    item_feature    [I, F] codes of the item features;  `item_fields` names them
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.path = manifest.path
+        self.fingerprint = manifest.fingerprint
+        load = manifest.load_array
+        self.event_item = load("event_item")
+        self.event_time = load("event_time")
+        self.event_behavior = load("event_behavior")
+        self.group_category = load("group_category")
+        self.group_start = load("group_start")
+        self.user_group = load("user_group")
+        self.category_start = load("category_start")
+        self.category_group = load("category_group")
+        self.category_group_start = load("category_group_start")
+        self.time_order = load("time_order")
+        self.time_position = load("time_position")
+        self.profile = load("profile")
+        self.item_feature = load("item_feature")
+        facts = manifest.facts
+        self.behaviors: tuple[str, ...] = tuple(facts["behaviors"])
+        self.profile_fields = _vocabularies(facts["profile_fields"])
+        self.item_fields = _vocabularies(facts["item_fields"])
+        self.first_time, self.last_time = facts["first_time"], facts["last_time"]
+        self.user_ids = Ids(self._table("users")[USER])
+        self.category_ids = Ids(self._table("categories")[CATEGORY])
+        self.n_events, self.n_items = len(self.event_item), int(self.category_start[-1])
+        self.n_users, self.n_categories = len(self.user_group) - 1, len(self.category_start) - 1
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Store:
+        """Open a store folder; `verify=True` also hashes every file. Raises a `SavedError`."""
+        return cls(opening(path, "store", verify))
+
+    def _table(self, name: str) -> pa.Table:
+        return read_arrow(self.path / f"{name}.arrow")
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """[I] item_id, and title where the log's owner gave one; the row is the item number."""
+        return self._table("items")
+
+    @cached_property
+    def item_category(self) -> np.ndarray:
+        """[I] the category number of each item."""
+        return np.repeat(np.arange(self.n_categories, dtype=np.int32), np.diff(self.category_start))
+
+    @cached_property
+    def _item_by_id(self) -> tuple[np.ndarray, Ids]:
+        column = self.items[ITEM].combine_chunks()
+        order = pa.compute.sort_indices(column)
+        return order.to_numpy(), Ids(pa.chunked_array([column.take(order)]))
+
+    # -- ids and numbers
+
+    def user_number(self, user_id: int | str) -> int:
+        number = self.user_ids.number_of(user_id)
+        if number is None:
+            raise UnknownUser(
+                f"user {user_id!r} is not among the {self.n_users:,} users of {self.path} "
+                f"(their ids are {_kind(self.user_ids)}, such as {self.user_ids.values[0].as_py()!r})."
+            )
+        return number
+
+    def item_number(self, item_id: int | str) -> int:
+        """Builds an index over all ids at the first call."""
+        order, ids = self._item_by_id
+        number = ids.number_of(item_id)
+        if number is None:
+            raise UnknownItem(
+                f"item {item_id!r} is not among the {self.n_items:,} items of {self.path} "
+                f"(their ids are {_kind(ids)}, such as {ids.values[0].as_py()!r})."
+            )
+        return int(order[number])
+
+    def category_number(self, category_id: int | str) -> int:
+        number = self.category_ids.number_of(category_id)
+        if number is None:
+            raise UnknownCategory(
+                f"category {category_id!r} is not among the {self.n_categories:,} categories of {self.path} "
+                f"(their ids are {_kind(self.category_ids)}, "
+                f"such as {self.category_ids.values[0].as_py()!r})."
+            )
+        return number
+
+    def item_ids(self, numbers: np.ndarray | Sequence[int]) -> list[Any]:
+        return self.items[ITEM].take(pa.array(np.asarray(numbers, dtype=np.int64))).to_pylist()
+
+    # -- the questions of a request
+
+    def rows_of(self, user: int) -> slice:
+        """All event rows of a user, sorted by (category, time). O(1)."""
+        first, last = self.user_group[user], self.user_group[user + 1]
+        return slice(int(self.group_start[first]), int(self.group_start[last]))
+
+    def in_context(self, user: int, category: int, before: float | None = None, limit: int = 50) -> slice:
+        """Hard search: rows of the last `limit` behaviors in this category strictly before `before`.
+
+        Oldest first; an empty slice where there are none. O(log groups + log events of the group).
+        """
+        first, last = int(self.user_group[user]), int(self.user_group[user + 1])
+        group = first + int(np.searchsorted(self.group_category[first:last], category))
+        if group == last or self.group_category[group] != category:
+            return slice(0, 0)
+        start, stop = int(self.group_start[group]), int(self.group_start[group + 1])
+        if before is not None:
+            stop = start + int(np.searchsorted(self.event_time[start:stop], before, side="left"))
+        return slice(max(start, stop - limit), stop)
+
+    def recent(self, user: int, before: float | None = None, limit: int = 20) -> np.ndarray:
+        """[<= limit] rows of the last behaviors of any category strictly before `before`, oldest first."""
+        rows = self.rows_of(user)
+        ordered = self.time_order[rows]
+        stop = len(ordered)
+        if before is not None:
+            stop = bisect.bisect_left(ordered, before, key=lambda row: self.event_time[row])
+        return np.asarray(ordered[max(0, stop - limit) : stop])
+
+    def engagement(
+        self, user: int, now: float | None = None, floor: float = FLOOR
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Equation 3 for every category that the user met before `now`.
+
+        Returns category numbers and `Score_c = sum over b in c of 1 / t_b`, t_b the age of b in days, at
+        least `floor` seconds. Behaviors at or after `now` do not count; `now=None` is just after the
+        store's last event. O(events of the user).
+        """
+        now = self.last_time + 1 if now is None else now
+        first, last = int(self.user_group[user]), int(self.user_group[user + 1])
+        rows = self.rows_of(user)
+        if rows.stop == rows.start:
+            return np.empty(0, np.int32), np.empty(0)
+        age = now - self.event_time[rows].astype(np.float64)
+        weight = np.where(age > 0, SECONDS_PER_DAY / np.maximum(age, floor), 0.0)
+        score = np.add.reduceat(weight, self.group_start[first:last] - rows.start)
+        met = score > 0
+        return np.asarray(self.group_category[first:last])[met], score[met]
+
+
+def read_arrow(file: Path) -> pa.Table:
+    """A memory-mapped Arrow IPC file as a table."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except pa.ArrowInvalid as error:
+        raise Damaged(f"{file}: not an Arrow file ({error}). Restore it, or ingest the log again.") from error
+
+
+def _vocabularies(fields: list[dict[str, Any]]) -> tuple[Vocabulary, ...]:
+    return tuple(Vocabulary(field["name"], tuple(field["values"])) for field in fields)
+
+
+def _kind(ids: Ids) -> str:
+    return "integers" if ids.are_integers else "strings"
