@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -198,6 +198,10 @@ class Store:
 
     # -- the questions of a request
 
+    def life(self, user: int, now: float | None = None) -> Life:
+        """The user's behaviors strictly before `now`; None is just after the store's last event."""
+        return Life(self, user, self.last_time + 1 if now is None else now)
+
     def rows_of(self, user: int) -> slice:
         """All event rows of a user, sorted by (category, time). O(1)."""
         first, last = self.user_group[user], self.user_group[user + 1]
@@ -245,6 +249,53 @@ class Store:
         score = np.add.reduceat(weight, self.group_start[first:last] - rows.start)
         met = score > 0
         return np.asarray(self.group_category[first:last])[met], score[met]
+
+
+class Behaviors(NamedTuple):
+    """Some behaviors of one user, oldest first; all four have the same length [n]."""
+
+    item: np.ndarray  # item numbers
+    category: np.ndarray  # category numbers
+    time: np.ndarray  # seconds since the epoch, ascending
+    kind: np.ndarray  # codes of the kind of behavior
+
+
+@dataclass(frozen=True)
+class Life:
+    """What one user did strictly before `now`: all that a request may know of the user.
+
+    Retrieval asks only a Life, so that no behavior at or after the request can slip in.
+    """
+
+    store: Store
+    user: int
+    now: float
+
+    def engagement(self, floor: float = FLOOR) -> tuple[np.ndarray, np.ndarray]:
+        """Categories met and their Equation 3 scores; see `Store.engagement`."""
+        return self.store.engagement(self.user, self.now, floor)
+
+    def in_context(self, category: int, limit: int = 50) -> Behaviors:
+        """The last `limit` behaviors in this category, oldest first: `S_u(c)`."""
+        return self._behaviors(self.store.in_context(self.user, category, self.now, limit))
+
+    def recent(self, limit: int = 20) -> Behaviors:
+        """The last `limit` behaviors of any category, oldest first."""
+        return self._behaviors(self.store.recent(self.user, self.now, limit))
+
+    def items(self) -> np.ndarray:
+        """Sorted distinct items met. O(events of the user)."""
+        rows = self.store.rows_of(self.user)
+        return np.unique(self.store.event_item[rows][self.store.event_time[rows] < self.now])
+
+    def profile(self) -> np.ndarray:
+        """[P] codes of the profile fields."""
+        return np.asarray(self.store.profile[self.user])
+
+    def _behaviors(self, rows: slice | np.ndarray) -> Behaviors:
+        store = self.store
+        item = store.event_item[rows]
+        return Behaviors(item, store.item_category[item], store.event_time[rows], store.event_behavior[rows])
 
 
 def read_arrow(file: Path) -> pa.Table:
