@@ -83,7 +83,7 @@ def writing(path: str | os.PathLike[str], kind: str) -> Iterator[Folder]:
     target = Path(path)
     if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
         raise NotSaved(
-            f"{target} exists and is not a {kind} of longretriever, so it will not be overwritten. "
+            f"{target} exists and holds no saved {kind} of longretriever, so it will not be overwritten. "
             "Choose another path, or remove it."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,10 +110,12 @@ def opening(path: str | os.PathLike[str], kind: str, verify: bool = False) -> Ma
     """
     folder = Path(path)
     if not folder.exists():
-        raise NotSaved(f"{folder}: no such folder. Expected a {kind}: make one with `{_MADE_BY[kind]}`.")
+        raise NotSaved(
+            f"{folder}: no such folder, where a saved {kind} was wanted. Make one with `{_MADE_BY[kind]}`."
+        )
     if not (folder / MANIFEST).is_file():
         raise NotSaved(
-            f"{folder}: no {MANIFEST} in it, so it is not a {kind} of longretriever. "
+            f"{folder}: no {MANIFEST} in it, so it holds no saved {kind} of longretriever. "
             f"Make one with `{_MADE_BY[kind]}`."
         )
     try:
@@ -127,7 +129,9 @@ def opening(path: str | os.PathLike[str], kind: str, verify: bool = False) -> Ma
             f"{folder / MANIFEST}: unreadable ({type(error).__name__}: {error}). {_make_again(kind, folder)}"
         ) from error
     if manifest.kind != kind:
-        raise Mismatch(f"{folder} is a {manifest.kind}, expected a {kind}. Pass the path of a {kind}.")
+        raise Mismatch(
+            f"{folder} holds a saved {manifest.kind}, expected: {kind}. Pass the path of the {kind}."
+        )
     if found_format != FORMAT:
         raise Mismatch(
             f"{folder} has format {found_format}, this version reads format {FORMAT}. "
@@ -138,6 +142,15 @@ def opening(path: str | os.PathLike[str], kind: str, verify: bool = False) -> Ma
     if _fingerprint(manifest.files) != manifest.fingerprint:
         raise Damaged(f"{folder / MANIFEST}: altered by hand. {_make_again(kind, folder)}")
     return manifest
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What a folder says it is; "store" where it says nothing, so that `opening` can say what is wrong."""
+    try:
+        kind = json.loads((Path(path) / MANIFEST).read_text())["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "store"
+    return kind if kind in _MADE_BY else "store"
 
 
 def _check_file(file: Path, facts: dict[str, Any], kind: str, folder: Path, verify: bool) -> None:

@@ -1,0 +1,39 @@
+# make demo   the main job end to end, on a simulated log
+# make test   the test suite
+# make check  lint, format, types, import direction
+# make bench  the benchmarks, small; each has options for the sizes in docs/log.md
+# All four set up .venv first; nothing else is needed but Python 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/ready
+	$(BIN)/longretriever demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/ingest.py --events 2000000
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/index.py
+
+.venv: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; say which with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo build dist *.egg-info

@@ -1,0 +1,93 @@
+"""Candidates out of millions of items for each request, from a user's whole life of behaviors, with reasons.
+
+    from longretriever import Retriever, Store, ingest, train
+
+Names are loaded when they are first used, so that serving does not import what only training needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from longretriever.errors import LongRetrieverError
+from longretriever.saved import package_version
+
+if TYPE_CHECKING:
+    from longretriever.evaluate.run import evaluate_log
+    from longretriever.market import Market, MarketConfig
+    from longretriever.model.config import TrainConfig
+    from longretriever.model.train import train
+    from longretriever.retrieve.interests import Contexts, RandomInTop, Top
+    from longretriever.retrieve.merge import probability, quota, round_robin, score
+    from longretriever.retrieve.retriever import Candidate, Retrieval, Retriever, Rules, index_model
+    from longretriever.store.behaviors import Life, Store
+    from longretriever.store.ingest import ingest
+
+_HOME = {
+    "Candidate": "retrieve.retriever",
+    "Contexts": "retrieve.interests",
+    "Life": "store.behaviors",
+    "Market": "market",
+    "MarketConfig": "market",
+    "RandomInTop": "retrieve.interests",
+    "Retrieval": "retrieve.retriever",
+    "Retriever": "retrieve.retriever",
+    "Rules": "retrieve.retriever",
+    "Store": "store.behaviors",
+    "Top": "retrieve.interests",
+    "TrainConfig": "model.config",
+    "evaluate_log": "evaluate.run",
+    "index_model": "retrieve.retriever",
+    "ingest": "store.ingest",
+    "probability": "retrieve.merge",
+    "quota": "retrieve.merge",
+    "round_robin": "retrieve.merge",
+    "score": "retrieve.merge",
+    "train": "model.train",
+}
+
+__version__ = package_version()
+__all__ = [
+    "Candidate",
+    "Contexts",
+    "Life",
+    "LongRetrieverError",
+    "Market",
+    "MarketConfig",
+    "RandomInTop",
+    "Retrieval",
+    "Retriever",
+    "Rules",
+    "Store",
+    "Top",
+    "TrainConfig",
+    "__version__",
+    "evaluate_log",
+    "index_model",
+    "ingest",
+    "probability",
+    "quota",
+    "round_robin",
+    "score",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'longretriever' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"longretriever.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("torch", "onnx", "onnxscript", "safetensors"):
+            from longretriever.errors import MissingExtra
+
+            raise MissingExtra(
+                f"longretriever.{name} needs {error.name}: `pip install 'longretriever[train]'`."
+            ) from error
+        raise
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m longretriever` is `longretriever`."""
+
+from longretriever.cli import main
+
+main()

@@ -1,0 +1,508 @@
+"""The commands, one for each stage: generate, ingest, train, index, retrieve, evaluate; demo runs them all.
+
+Results go to stdout, as tables for people or, with `--json`, as one JSON object; progress goes to stderr.
+Exit codes: 0 done, 1 an error that is said in one line, 2 a wrong option.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from longretriever.console import bar, day, err, out, print_json, show, show_retrieval, spinner, training_bar
+from longretriever.errors import InputError, LongRetrieverError, MissingExtra
+
+if TYPE_CHECKING:
+    from longretriever.retrieve.interests import Interests
+    from longretriever.retrieve.merge import Merge
+    from longretriever.retrieve.retriever import Rules
+
+app = typer.Typer(
+    help="Candidates out of millions of items for each request, from a user's whole life of behaviors.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+Events = Annotated[
+    list[str], typer.Option("--events", help="Log: file, folder or glob; Parquet, CSV, TSV, gzipped too.")
+]
+Items = Annotated[list[str] | None, typer.Option("--items", help="item_id, category_id, title, features.")]
+Users = Annotated[list[str] | None, typer.Option("--users", help="user_id and categorical profile fields.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="OURS=THEIRS", help="A column of the log, e.g. user_id=visitorid."),
+]
+ItemColumns = Annotated[
+    list[str] | None, typer.Option("--item-column", metavar="OURS=THEIRS", help="A column of the items file.")
+]
+UserColumns = Annotated[
+    list[str] | None, typer.Option("--user-column", metavar="OURS=THEIRS", help="A column of the users file.")
+]
+TimeUnit = Annotated[
+    str | None, typer.Option("--time-unit", metavar="s|ms", help="Only if the log cannot tell by itself.")
+]
+MaxRejected = Annotated[
+    float, typer.Option("--max-rejected", min=0, max=1, help="Share of rows that may be unusable.")
+]
+MemoryLimit = Annotated[
+    str | None, typer.Option("--memory-limit", metavar="SIZE", help="Of ingest, e.g. 2GB; beyond, it spills.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; default all.")]
+
+
+def main() -> None:
+    """The entry point: errors of the package become one line on stderr."""
+    try:
+        app()
+    except LongRetrieverError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("stopped")
+        sys.exit(130)
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="Folder to write events, items and users to.")],
+    events: Annotated[int, typer.Option(min=1, help="Behaviors in the log.")] = 200_000,
+    users: Annotated[int | None, typer.Option(min=1, help="Default: events / 100.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Default: events / 25.")] = None,
+    categories: Annotated[int | None, typer.Option(min=1, help="Default: to suit the events.")] = None,
+    string_ids: Annotated[bool, typer.Option("--string-ids", help='Ids such as "u0001234".')] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write the log of a simulated market, of any size, with known true taste."""
+    from longretriever.market import Market, MarketConfig
+
+    sizes = {"users": users, "items": items, "categories": categories}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    config = MarketConfig.of_size(events, seed=seed, string_ids=string_ids, **given)
+    with bar("writing events", events) as advance:
+        Market(config).write(path, progress=advance)
+    facts = {"path": str(path), **asdict(config)}
+    show(facts, as_json, {k: facts[k] for k in ("path", "events", "users", "items", "categories", "seed")})
+
+
+@app.command()
+def ingest(
+    events: Events,
+    path: Annotated[Path, typer.Option("--out", help="Folder of the store.")],
+    items: Items = None,
+    users: Users = None,
+    column: Columns = None,
+    item_column: ItemColumns = None,
+    user_column: UserColumns = None,
+    time_unit: TimeUnit = None,
+    max_rejected: MaxRejected = 0.01,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Profile field to use; default all that suit.")
+    ] = None,
+    item_feature: Annotated[
+        list[str] | None, typer.Option(help="Item feature to use; default all that suit.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn log files into a store: numbered, sorted, deduplicated, memory-mapped."""
+    from longretriever.store.ingest import ingest as run
+
+    with spinner("reading") as say:
+        report = run(
+            events,
+            path,
+            items=items,
+            users=users,
+            columns=_pairs(column, "--column"),
+            item_columns=_pairs(item_column, "--item-column"),
+            user_columns=_pairs(user_column, "--user-column"),
+            time_unit=time_unit,
+            max_rejected=max_rejected,
+            memory_limit=memory_limit,
+            threads=threads,
+            profile=profile,
+            item_features=item_feature,
+            progress=say,
+        )
+    facts = report.as_dict()
+    show({"path": str(path), **facts}, as_json, _ingest_summary(str(path), facts))
+
+
+@app.command()
+def train(
+    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    path: Annotated[Path, typer.Option("--out", help="Folder of the model.")],
+    encoder: Annotated[
+        str, typer.Option(help="packed: every prefix in one pass. cls: the paper's, one sample a row.")
+    ] = "packed",
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most; stops early by itself.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall time at most.")] = None,
+    dim: Annotated[int | None, typer.Option(min=2, help="Width of all vectors.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the user tower.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(min=1, help="Behaviors of a context that are read.")
+    ] = None,
+    step_samples: Annotated[int | None, typer.Option(min=1, help="Samples of an optimizer step.")] = None,
+    validation: Annotated[
+        float | None, typer.Option(min=0, help="Newest share of the log, held out.")
+    ] = None,
+    threads: Threads = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished training.")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Between checkpoints.")] = 120,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train the two towers; goes on by itself where a killed training of the same settings stopped."""
+    from longretriever.model.config import TrainConfig
+    from longretriever.store.behaviors import Store
+
+    torch_train = _training(threads)
+    given = {
+        "epochs": epochs,
+        "minutes": minutes,
+        "dim": dim,
+        "layers": layers,
+        "context_length": context_length,
+        "step_samples": step_samples,
+        "validation": validation,
+    }
+    config = TrainConfig(encoder=encoder, seed=seed, **{k: v for k, v in given.items() if v is not None})
+    opened = Store.open(store)
+    with training_bar() as progress:
+        at = torch_train(
+            opened, path, config, progress=progress, fresh=fresh, checkpoint_seconds=checkpoint_seconds
+        )
+    facts = {"path": str(path), "config": asdict(config), "training": asdict(at)}
+    summary = {
+        "model": path,
+        "samples": f"{at.samples:,} in {at.epoch} epochs",
+        "time": f"{at.seconds:.0f} s, {at.samples / max(at.seconds, 1e-9):,.0f} samples/s",
+        "waiting for data": f"{at.waiting / max(at.seconds, 1e-9):.1%}",
+        "validation": f"{max(at.validation):.3f} nats below chance"
+        if at.validation
+        else "no held-out events",
+        "ended because": at.finished,
+    }
+    show(facts, as_json, summary)
+
+
+@app.command()
+def index(
+    model: Annotated[Path, typer.Argument(help="Folder of the model.")],
+    path: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the index; default MODEL/index.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put the item vectors into one FAISS list per category."""
+    from longretriever.retrieve.retriever import index_model
+
+    with bar("indexing items", None) as advance:
+        target = index_model(model, path, progress=advance)
+    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+    facts = {"path": str(target), "bytes": size}
+    show(facts, as_json, {"index": target, "size": f"{size / 1e6:,.1f} MB"})
+
+
+@app.command()
+def retrieve(
+    model: Annotated[Path, typer.Argument(help="Folder of the model.")],
+    user: Annotated[str | None, typer.Option(help="A user's id.")] = None,
+    all_users: Annotated[
+        bool, typer.Option("--all-users", help="Everyone, to the Parquet file --out.")
+    ] = False,
+    path: Annotated[Path | None, typer.Option("--out", help="Parquet file for --all-users.")] = None,
+    k: Annotated[int, typer.Option(help="Candidates at most.")] = 500,
+    now: Annotated[
+        float | None, typer.Option(help="Unix seconds; only behaviors before count. Default: after the last.")
+    ] = None,
+    select: Annotated[
+        str, typer.Option(help="Contexts: random:N:M (N drawn from the top M) or top:N.")
+    ] = "random:5:20",
+    merge: Annotated[str, typer.Option(help="probability, quota, round-robin or score.")] = "probability",
+    exclude_seen: Annotated[
+        bool, typer.Option("--exclude-seen", help="Leave out what the user met.")
+    ] = False,
+    exclude_item: Annotated[list[str] | None, typer.Option(help="An item to leave out.")] = None,
+    exclude_category: Annotated[list[str] | None, typer.Option(help="A category to leave out.")] = None,
+    include_category: Annotated[list[str] | None, typer.Option(help="A category to ask in any case.")] = None,
+    quota: Annotated[
+        list[str] | None, typer.Option(metavar="CATEGORY=N", help="At most N candidates of a category.")
+    ] = None,
+    boost: Annotated[
+        list[str] | None, typer.Option(metavar="CATEGORY=X", help="Factor on a category's share.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Scan all items instead of using an index.")] = False,
+    most: Annotated[int, typer.Option("--show", min=1, help="Candidates to print; --json prints all.")] = 20,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Candidates for a user, each with the behaviors that spoke for it; or for all users, to a file."""
+    from longretriever.retrieve.retriever import Retriever
+
+    if (user is None) == (not all_users):
+        raise InputError("retrieve needs --user ID, or --all-users together with --out FILE.parquet.")
+    if all_users and path is None:
+        raise InputError("--all-users needs --out FILE.parquet to write to.")
+    retriever = Retriever.load(
+        model,
+        store=store,
+        exact=exact,
+        interests=parse_interests(select),
+        merge=_merge(merge),
+        threads=threads or 1,
+    )
+    rules = _rules(retriever, exclude_seen, exclude_item, exclude_category, include_category, quota, boost)
+    if user is not None:
+        answer = retriever.retrieve(_as_id(user, retriever.store.user_ids), k, now=now, rng=seed, rules=rules)
+        if as_json:
+            print_json(answer.as_dict())
+        else:
+            show_retrieval(answer, most)
+        return
+    assert path is not None
+    everyone = retriever.store.user_ids
+    with bar("users", len(everyone)) as advance:
+        ids = (value.as_py() for value in everyone.values)
+        rows = retriever.write(ids, path, k, now=now, seed=seed, rules=rules, progress=advance)
+    show({"path": str(path), "users": len(everyone), "rows": rows}, as_json)
+
+
+@app.command()
+def evaluate(
+    events: Events,
+    items: Items = None,
+    users: Users = None,
+    models: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "longretriever,recent,popular,popular-in-context",
+    split: Annotated[float, typer.Option(help="Share of the events, by time, to learn from.")] = 0.9,
+    k: Annotated[str, typer.Option("--k", help="Lengths of list, comma-separated.")] = "50,200,500",
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training of each model at most.")] = None,
+    select: Annotated[str, typer.Option(help="Contexts of our model, see retrieve.")] = "top:20",
+    merge: Annotated[str, typer.Option(help="probability, quota, round-robin or score.")] = "probability",
+    encoder: Annotated[str, typer.Option(help="packed or cls, see train.")] = "packed",
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most.")] = None,
+    column: Columns = None,
+    item_column: ItemColumns = None,
+    user_column: UserColumns = None,
+    time_unit: TimeUnit = None,
+    max_rejected: MaxRejected = 0.01,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    work: Annotated[Path | None, typer.Option(help="Keep stores and model in this folder.")] = None,
+    seed: Seed = 1,
+    as_json: Json = False,
+) -> None:
+    """Compare models on a log: requests as they came, and one list for the whole future."""
+    from longretriever.evaluate.report import table
+    from longretriever.evaluate.run import evaluate_log
+
+    config = None
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    if "longretriever" in names:
+        _training(threads)
+        from longretriever.model.config import TrainConfig
+
+        config = TrainConfig(encoder=encoder, **({"epochs": epochs} if epochs else {}))
+    reading = {
+        "columns": _pairs(column, "--column"),
+        "item_columns": _pairs(item_column, "--item-column"),
+        "user_columns": _pairs(user_column, "--user-column"),
+        "time_unit": time_unit,
+        "max_rejected": max_rejected,
+        "memory_limit": memory_limit,
+        "threads": threads,
+    }
+    with training_bar() as trained:
+        result = evaluate_log(
+            events,
+            items=items,
+            users=users,
+            models=names,
+            quantile=split,
+            k=[_integer(n, "--k") for n in k.split(",")],
+            seed=seed,
+            minutes=minutes,
+            config=config,
+            interests=parse_interests(select),
+            merge=_merge(merge),
+            work=work,
+            reading=reading,
+            said=lambda line: err.print(f"[dim]{escape(line)}[/]", highlight=False),
+            trained=trained,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        out.print(table(result))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Folder of a store, model or index.")],
+    as_json: Json = False,
+) -> None:
+    """Check every file of a saved folder against its SHA-256, and say what the folder is."""
+    from longretriever.saved import kind_of, opening
+
+    manifest = opening(path, kind_of(path), verify=True)
+    size = sum(file["bytes"] for file in manifest.files.values())
+    facts = {
+        "path": str(path),
+        "kind": manifest.kind,
+        "fingerprint": manifest.fingerprint,
+        "made_from": manifest.made_from,
+        "files": len(manifest.files),
+        "bytes": size,
+        "intact": True,
+    }
+    show(facts, as_json, {**facts, "bytes": f"{size:,}", "fingerprint": manifest.fingerprint[:16]})
+
+
+@app.command()
+def demo(
+    path: Annotated[Path, typer.Option("--out", help="Folder to work in.")] = Path("demo"),
+    events: Annotated[int, typer.Option(min=2_000, help="Behaviors of the simulated log.")] = 400_000,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training at most.")] = 2.0,
+    seed: Seed = 0,
+) -> None:
+    """The whole way on a simulated market: log, store, model, index, quality, candidates with reasons."""
+    from longretriever.demo import run
+
+    _training(None)
+    run(path, events, minutes, seed, out)
+
+
+# -- what options mean
+
+
+def parse_interests(text: str) -> Interests:
+    """`random:5:20` and `top:20` as interests."""
+    from longretriever.retrieve.interests import RandomInTop, Top
+
+    name, *numbers = text.split(":")
+    values = [_integer(n, "--select") for n in numbers]
+    if name == "random" and len(values) == 2:
+        return RandomInTop(*values)
+    if name == "top" and len(values) == 1:
+        return Top(*values)
+    raise InputError(f"--select {text}: expected random:N:M, such as random:5:20, or top:N, such as top:20.")
+
+
+def _merge(name: str) -> Merge:
+    from longretriever.retrieve import merge
+
+    merges: dict[str, Merge] = {
+        "probability": merge.probability,
+        "quota": merge.quota,
+        "round-robin": merge.round_robin,
+        "score": merge.score,
+    }
+    if name not in merges:
+        raise InputError(f"--merge {name}: expected one of {', '.join(merges)}.")
+    return merges[name]
+
+
+def _rules(
+    retriever: Any,
+    exclude_seen: bool,
+    exclude_item: Sequence[str] | None,
+    exclude_category: Sequence[str] | None,
+    include_category: Sequence[str] | None,
+    quota: Sequence[str] | None,
+    boost: Sequence[str] | None,
+) -> Rules:
+    from longretriever.retrieve.retriever import Rules
+
+    items, categories = retriever.model.item_ids, retriever.model.category_ids
+    quotas = _pairs(quota, "--quota") or {}
+    boosts = _pairs(boost, "--boost") or {}
+    return Rules(
+        exclude_seen=exclude_seen,
+        exclude_items=[_as_id(i, items) for i in exclude_item or ()],
+        exclude_categories=[_as_id(c, categories) for c in exclude_category or ()],
+        include_categories=[_as_id(c, categories) for c in include_category or ()],
+        quotas={_as_id(c, categories): _integer(n, "--quota") for c, n in quotas.items()},
+        boosts={_as_id(c, categories): _number(x, "--boost") for c, x in boosts.items()},
+    )
+
+
+def _as_id(text: str, ids: Any) -> int | str:
+    """An id as the log has it: an integer where its ids are integers."""
+    if ids.are_integers:
+        try:
+            return int(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _pairs(texts: Sequence[str] | None, option: str) -> dict[str, str] | None:
+    pairs = {}
+    for text in texts or ():
+        left, equals, right = text.partition("=")
+        if not (left and equals and right):
+            raise InputError(f"{option} {text}: expected two names with = between, such as {option} a=b.")
+        pairs[left] = right
+    return pairs or None
+
+
+def _integer(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option}: {text!r} is not a whole number.") from None
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{option}: {text!r} is not a number.") from None
+
+
+def _training(threads: int | None) -> Callable[..., Any]:
+    try:
+        import torch
+
+        from longretriever.model.train import train as torch_train
+    except ImportError as error:
+        raise MissingExtra(
+            f"training needs PyTorch ({error}). Install it with `pip install 'longretriever[train]'`."
+        ) from error
+    if threads:
+        torch.set_num_threads(threads)
+    return torch_train
+
+
+def _ingest_summary(path: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    rejected = facts["rejected"]
+    reasons = "; ".join(f"{n:,} {reason}" for reason, n in rejected.items())
+    return {
+        "store": path,
+        "events": f"{facts['read']:,} read, {facts['kept']:,} kept, {facts['duplicates']:,} duplicates",
+        "rejected": f"{sum(rejected.values()):,}"
+        + (f" ({reasons}): see {path}/rejected.parquet" if reasons else ""),
+        "users": f"{facts['users']:,}",
+        "items": f"{facts['items']:,} in {facts['categories']:,} categories",
+        "times": f"{facts['time_unit']}, {day(facts['first_time'])} to {day(facts['last_time'])}",
+        "other category": f"{facts['recategorised']:,} events counted under their item's usual one",
+        "columns": ", ".join(facts["columns_used"]),
+        **{f"skipped {name}": why for name, why in facts["columns_skipped"].items()},
+        **{f"note {i}": note for i, note in enumerate(facts["notes"], start=1)},
+        "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in facts["seconds"].items()),
+    }

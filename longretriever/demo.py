@@ -1,0 +1,88 @@
+"""The whole way in a few minutes, told as a story: what `make demo` shows.
+
+A simulated market writes a log; the log is evaluated exactly as any real one would be (`evaluate_log`: cut by
+time, ingest, train, index, requests), and then one user is looked at closely. Since the market is simulated,
+the user's true taste is known, so the candidates can be held against the truth and not only against clicks.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+
+from longretriever.console import show_retrieval, training_bar
+from longretriever.evaluate.report import table
+from longretriever.evaluate.run import evaluate_log
+from longretriever.market import Market, MarketConfig
+from longretriever.model.config import TrainConfig
+from longretriever.retrieve.interests import Top
+from longretriever.retrieve.retriever import Retrieval, Retriever, Rules
+from longretriever.store.behaviors import Store
+
+
+def run(path: Path, events: int, minutes: float, seed: int, console: Console) -> None:
+    """Write everything under `path` and tell what happens on the console."""
+    began = time.perf_counter()
+    log = path / "log"
+    console.print(Panel("[bold]1  A log[/]  of a simulated market, whose users' true taste is known"))
+    market = Market(MarketConfig.of_size(events, seed=seed))
+    market.write(log)
+    c = market.config
+    console.print(
+        f"{c.events:,} behaviors of {c.users:,} users with {c.items:,} items in {c.categories:,} categories, "
+        f"in {log}\n"
+    )
+    console.print(Panel("[bold]2  Store, model, index, quality[/]  learned from the first 90% of the time"))
+    with training_bar() as trained:
+        result = evaluate_log(
+            log / "events.parquet",
+            items=log / "items.parquet",
+            users=log / "users.parquet",
+            minutes=minutes,
+            config=TrainConfig(seed=seed),
+            work=path,
+            said=lambda line: console.print(f"  {line}", style="dim", highlight=False),
+            trained=trained,
+        )
+    console.print(table(result))
+    console.print(
+        "NEW counts only items that the user had never met: the part that memory cannot answer.\n"
+        "[dim]recent: the user's own last items. popular: of the last day, week or month, the best of them.\n"
+        "popular-in-context: popularity inside the user's own categories.[/]\n"
+    )
+    console.print(Panel("[bold]3  One user[/]  what to show next, and why"))
+    retriever = Retriever.load(path / "model", store=path / "full", interests=Top(5))
+    user_id = _someone(retriever.store)
+    answer = retriever.retrieve(user_id, k=500, rules=Rules(exclude_seen=True))
+    show_retrieval(answer, 12)
+    console.print(_truth(market, answer))
+    console.print(
+        f"\nDone in {time.perf_counter() - began:.0f} s. Next: `longretriever retrieve {path}/model "
+        f"--store {path}/full --user ID`, or `longretriever evaluate --events YOUR_LOG`."
+    )
+
+
+def _someone(store: Store) -> int | str:
+    """A user with a long life: the one at the 95th percentile by number of behaviors."""
+    length = np.diff(store.group_start[store.user_group])
+    user = int(np.argsort(length, kind="stable")[int(0.95 * (len(length) - 1))])
+    return store.user_ids.take([user])[0]
+
+
+def _truth(market: Market, answer: Retrieval) -> str:
+    """How the candidates stand in the user's true taste, which no model was shown."""
+    user, items = int(answer.user_id), np.array(answer.item_ids[:50], dtype=np.int64)
+    above = []
+    for item in items:
+        rivals = market.items_of(int(market.category_of(np.array([item]))[0]))
+        taste = market.taste(np.full(len(rivals), user), rivals, at=answer.now)
+        mine = market.taste(np.array([user]), np.array([item]), at=answer.now)[0]
+        above.append((taste < mine).mean())
+    return (
+        f"\nHeld against the truth: the user's true taste puts the first {len(items)} candidates above "
+        f"[bold]{np.mean(above):.0%}[/] of the items of their categories (chance: 50%)."
+    )

@@ -1,0 +1,139 @@
+"""How good are these lists? Arrays in, numbers out; nothing here knows a model, a store or a protocol.
+
+A list holds item numbers, best first, padded with -1. Every metric gives one value for each request, so that
+means, intervals, groups of requests and paired comparisons all come from the same arrays; only coverage
+belongs to all lists together. Axes: N requests, K places of a list, M metrics, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+_NORMAL_95 = 1.96  # standard deviations
+
+
+# -- one target for each request
+
+
+def ranks(item_NK: np.ndarray, target_N: np.ndarray) -> np.ndarray:
+    """[N] the place of each target in its list, from 0; infinity where the list lacks it."""
+    if item_NK.shape[1] == 0:
+        return np.full(len(item_NK), np.inf)
+    found_NK = item_NK == target_N[:, None]
+    return np.where(found_NK.any(axis=1), found_NK.argmax(axis=1), np.inf)
+
+
+def recall_at(rank_N: np.ndarray, k: int) -> np.ndarray:
+    """[N] 1 where the target is among the first `k` places, else 0."""
+    return (rank_N < k).astype(np.float64)
+
+
+def reciprocal_rank(rank_N: np.ndarray) -> np.ndarray:
+    """[N] 1 over the place counted from 1; 0 where the list lacks the target. Its mean is the MRR."""
+    return 1.0 / (1.0 + rank_N)
+
+
+# -- several targets for each request
+
+
+def hits(item_NK: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:
+    """[N, K] whether the item at each place is one of the request's targets; padding never is."""
+    size_N = sizes(targets)
+    target = np.concatenate(targets) if len(targets) else np.empty(0, np.int64)
+    span = 1 + max(int(item_NK.max(initial=0)), int(target.max(initial=0)))
+    row_N = np.arange(len(item_NK), dtype=np.int64)
+    wanted = np.repeat(row_N, size_N) * span + target
+    return np.isin(row_N[:, None] * span + item_NK, wanted) & (item_NK >= 0)
+
+
+def sizes(targets: Sequence[np.ndarray]) -> np.ndarray:
+    """[N] how many targets each request has."""
+    return np.array([len(items) for items in targets], dtype=np.int64)
+
+
+def recall(hit_NK: np.ndarray, size_N: np.ndarray, k: int) -> np.ndarray:
+    """[N] share of the targets that are among the first `k` places."""
+    return hit_NK[:, :k].sum(axis=1) / size_N
+
+
+def ndcg(hit_NK: np.ndarray, size_N: np.ndarray, k: int = 50) -> np.ndarray:
+    """[N] gains of 1, discounted by log2(place + 1), over those of min(targets, k) hits on top."""
+    discount_k = 1.0 / np.log2(np.arange(2, k + 2))
+    ideal = np.cumsum(discount_k)
+    gain_N = hit_NK[:, :k] @ discount_k[: hit_NK.shape[1]]
+    return gain_N / ideal[np.minimum(size_N, k) - 1]
+
+
+def hit_rate(hit_NK: np.ndarray, k: int = 50) -> np.ndarray:
+    """[N] 1 where at least one target is among the first `k` places, else 0."""
+    return np.any(hit_NK[:, :k], axis=1).astype(np.float64)
+
+
+# -- what the lists are made of
+
+
+def categories(item_NK: np.ndarray, item_category_I: np.ndarray, k: int = 50) -> np.ndarray:
+    """[N] how many distinct categories the first `k` places hold."""
+    item_Nk = item_NK[:, :k]
+    category_Nk = np.sort(np.where(item_Nk >= 0, item_category_I[item_Nk], -1), axis=1)
+    first_Nk = np.diff(category_Nk, axis=1, prepend=-1) != 0
+    return first_Nk.sum(axis=1).astype(np.float64)
+
+
+def selected(contexts: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> np.ndarray:
+    """[N] share of the targets' categories (`wanted`, one for each target) that were among the chosen."""
+    return np.array([np.isin(w, c).mean() for c, w in zip(contexts, wanted, strict=True)], dtype=np.float64)
+
+
+def coverage(item_NK: np.ndarray, shown_I: np.ndarray, k: int = 50) -> tuple[float, float, float]:
+    """Share of the catalogue that the first `k` places of all lists show, and its 95% interval.
+
+    `shown_I` [I] says which items the catalogue has; others in a list count for nothing.
+
+    The interval is the jackknife's: the figure shrinks with the number of distinct users, and a bootstrap
+    resample has about a third fewer, so that a percentile interval would lie wholly below the figure.
+    """
+    item_Nk = item_NK[:, :k]
+    valid_Nk = (item_Nk >= 0) & shown_I[item_Nk]
+    row, _ = np.nonzero(valid_Nk)
+    item = item_Nk[valid_Nk]
+    lists_of = np.bincount(item, minlength=len(shown_I))
+    size, n = max(1, int(shown_I.sum())), len(item_NK)
+    figure = np.count_nonzero(lists_of) / size
+    only_here_N = np.bincount(row[lists_of[item] == 1], minlength=n) / size
+    error = np.sqrt((n - 1) * only_here_N.var()) if n else 0.0
+    return (
+        float(figure),
+        max(0.0, float(figure - _NORMAL_95 * error)),
+        min(1.0, float(figure + _NORMAL_95 * error)),
+    )
+
+
+# -- how sure
+
+
+def interval(
+    value_NM: np.ndarray, user_N: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """[2, M] the lower and upper end of the 95% percentile bootstrap interval of each mean over requests.
+
+    Users are resampled, each with all requests of theirs, since requests of one user are alike. The means of
+    `a - b`, values of two models for the same requests, give the interval of their difference. With the same
+    generator state the resamples are the same. O(resamples x users); nothing to resample gives NaN.
+    """
+    if len(value_NM) == 0:
+        return np.full((2, value_NM.shape[1]), np.nan)
+    _, user_N = np.unique(user_N, return_inverse=True)
+    total_UM = np.stack([np.bincount(user_N, weights=value_N) for value_N in value_NM.T], axis=1)
+    count_U = np.bincount(user_N)
+    n_users = len(count_U)
+    mean_RM = np.empty((resamples, value_NM.shape[1]))
+    for mean_M in mean_RM:
+        times_U = np.bincount(rng.integers(n_users, size=n_users), minlength=n_users)
+        mean_M[:] = times_U @ total_UM / (times_U @ count_U)
+    tail = (1 - CONFIDENCE) / 2
+    return np.quantile(mean_RM, [tail, 1 - tail], axis=0)

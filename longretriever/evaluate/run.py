@@ -1,0 +1,199 @@
+"""A log in, a table of models out: what `longretriever evaluate` does, and the same from Python.
+
+The log is read as it is, cut by the protocol (`split.py`), and ingested twice: its train part, which is all
+that a model may learn from, and the whole, whose behaviors are the histories at request time. Our model then
+answers through the very calls that serve users: ingest, train, index, `Retriever`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longretriever.errors import InputError, MissingExtra
+from longretriever.evaluate.report import evaluate
+from longretriever.evaluate.rivals import Lists, Popular, PopularInContext, Recent, Recommender
+from longretriever.evaluate.split import Split, split
+from longretriever.events import CATEGORY, ITEM
+from longretriever.retrieve.interests import Interests, Top
+from longretriever.retrieve.merge import Merge, probability
+from longretriever.retrieve.retriever import BATCH, Retriever, Rules, index_model
+from longretriever.store.behaviors import Store
+from longretriever.store.ingest import ingest, read_events, read_table
+
+if TYPE_CHECKING:
+    from longretriever.model.config import TrainConfig
+    from longretriever.model.train import Tick
+
+MODELS = ("longretriever", "recent", "popular", "popular-in-context")
+
+
+class Retrieved:
+    """A `Retriever` as a `Recommender`: the product's own path, asked by the evaluation."""
+
+    def __init__(self, retriever: Retriever, facts: Mapping[str, Any], seed: int = 0) -> None:
+        self.retriever, self.facts, self.seed = retriever, facts, seed
+
+    def recommend(self, users: np.ndarray, before: np.ndarray, k: int, new: bool) -> Lists:
+        """See `Recommender`; users are numbers of the retriever's store."""
+        item = np.full((len(users), k), -1, np.int64)
+        contexts: list[np.ndarray] = []
+        rules = Rules(exclude_seen=new)
+        for at in range(0, len(users), BATCH):
+            part = slice(at, at + BATCH)
+            lives = [
+                self.retriever.store.life(int(u), float(t))
+                for u, t in zip(users[part], before[part], strict=True)
+            ]
+            for i, answer in enumerate(self.retriever.answer(lives, k, rng=self.seed, rules=rules), start=at):
+                item[i, : len(answer)] = self.retriever.store_items(answer.item)
+                contexts.append(self.retriever.store_categories(answer.asked_categories))
+        return Lists(item, contexts)
+
+
+def evaluate_log(
+    events: Any,
+    *,
+    items: Any = None,
+    users: Any = None,
+    models: Sequence[str] = MODELS,
+    quantile: float = 0.9,
+    k: Sequence[int] = (50, 200, 500),
+    seed: int = 1,
+    minutes: float | None = None,
+    config: TrainConfig | None = None,
+    interests: Interests | None = None,
+    merge: Merge = probability,
+    work: str | os.PathLike[str] | None = None,
+    reading: Mapping[str, Any] | None = None,
+    said: Callable[[str], None] | None = None,
+    trained: Callable[[Tick], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate models by name on one log; the dict of `report.evaluate`.
+
+    `events`, `items`, `users` and the options in `reading` are those of `ingest`. `minutes` bounds the
+    training of each model. Our model asks the 20 contexts of highest Equation 3 unless `interests` says
+    otherwise: the same number as the rival "popular-in-context". Stores and model stay in `work` if it is
+    given. `said` is told what goes on, `trained` each step of training.
+
+    Raises `InputError` for an unknown model, `EventsError` for a log that cannot be read or cut.
+    """
+    strange = [name for name in models if name not in MODELS]
+    if strange or not models:
+        raise InputError(f"models {strange or list(models)}: expected some of {', '.join(MODELS)}.")
+    say = said or (lambda _: None)
+    reading = dict(reading or {})
+    with nullcontext(str(work)) if work else tempfile.TemporaryDirectory(prefix="longretriever-") as folder:
+        say("reading the log")
+        log = read_events(events, items=items, **_only(reading, _READ))
+        cut = split(log, quantile)
+        say(f"{cut.full.num_rows:,} events after the filter, {cut.train.num_rows:,} of them to learn from")
+        tables = _side_tables(cut, items, users, reading)
+        full = _store(cut.full, Path(folder) / "full", tables, reading)
+        recommenders: dict[str, Recommender] = {}
+        for name in models:
+            say(f"{name}: learning")
+            if name == "longretriever":
+                train_store = _store(cut.train, Path(folder) / "train", tables, reading)
+                settings = _settings(config, minutes, seed)
+                recommenders[name] = _ours(
+                    train_store,
+                    full,
+                    Path(folder) / "model",
+                    settings,
+                    interests or Top(20),
+                    merge,
+                    seed,
+                    trained,
+                )
+            else:
+                recommenders[name] = _rival(name, full, cut.T)
+        return evaluate(full, cut, recommenders, k, seed, say)
+
+
+_READ = ("columns", "item_columns", "time_unit", "max_rejected", "memory_limit", "threads")
+_INGEST = ("profile", "item_features", "memory_limit", "threads")
+
+
+def _only(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
+
+
+def _settings(config: TrainConfig | None, minutes: float | None, seed: int) -> TrainConfig:
+    from longretriever.model.config import TrainConfig
+
+    return replace(config or TrainConfig(), minutes=minutes, seed=seed)
+
+
+def _rival(name: str, full: Store, T: int) -> Recommender:
+    began = time.perf_counter()
+    rival = {"recent": Recent, "popular": Popular, "popular-in-context": PopularInContext}[name](full, T)
+    rival.facts = {**getattr(rival, "facts", {}), "train_seconds": round(time.perf_counter() - began, 3)}
+    return rival
+
+
+def _ours(
+    train_store: Store,
+    full: Store,
+    path: Path,
+    config: TrainConfig,
+    interests: Interests,
+    merge: Merge,
+    seed: int,
+    trained: Callable[[Tick], None] | None,
+) -> Retrieved:
+    try:
+        from longretriever.model.train import train
+    except ImportError as error:
+        raise MissingExtra(
+            f"training needs PyTorch ({error}). Install it with `pip install 'longretriever[train]'`."
+        ) from error
+    at = train(train_store, path, config, progress=trained)
+    index_model(path)
+    retriever = Retriever.load(path, store=full.path, interests=interests, merge=merge)
+    facts = {
+        "train_seconds": round(at.seconds, 1),
+        "samples_per_second": round(at.samples / max(at.seconds, 1e-9), 1),
+        "training": {
+            "samples": at.samples,
+            "epochs": at.epoch,
+            "waiting_share": round(at.waiting / max(at.seconds, 1e-9), 4),
+            "padded_share": round(1 - at.tokens / max(at.padded, 1), 4),
+            "validation": [round(v, 4) for v in at.validation],
+            "ended": at.finished,
+        },
+    }
+    return Retrieved(retriever, facts, seed)
+
+
+def _side_tables(cut: Split, items: Any, users: Any, reading: Mapping[str, Any]) -> dict[str, pa.Table]:
+    """The items and users files, where given, cut to what the split knows and without categories: the split
+    has given each item one already."""
+    tables = {}
+    if items is not None:
+        table = read_table(items, "items", reading.get("item_columns"))
+        table = table.filter(pc.is_in(table[ITEM], value_set=cut.item_ids))
+        tables["items"] = table.drop_columns([c for c in (CATEGORY,) if c in table.column_names])
+    if users is not None:
+        tables["users"] = read_table(users, "users", reading.get("user_columns"))
+    return tables
+
+
+def _store(events: pa.Table, out: Path, tables: Mapping[str, pa.Table], reading: Mapping[str, Any]) -> Store:
+    tables = dict(tables)
+    if "items" in tables:  # an item that does not occur in this part must not get a number
+        tables["items"] = tables["items"].filter(
+            pc.is_in(tables["items"][ITEM], value_set=pc.unique(events[ITEM]))
+        )
+    ingest(events, out, **tables, **_only(reading, _INGEST))
+    return Store.open(out)

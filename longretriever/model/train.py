@@ -1,0 +1,246 @@
+"""Training: one loop over one-category batches, that can be stopped at any moment and goes on the same.
+
+Dense weights (a few hundred thousand) are updated by AdamW, item rows by row-wise Adagrad on the rows that
+a step names. The newest slice of the log is held out: after each epoch its loss decides whether the weights
+are kept, and training stops when it no longer falls. The order of samples, the masks of dropout and the
+negatives depend on (seed, epoch, step) alone, so a run that was killed and resumed ends in the same weights
+(a bound in minutes aside: it ends wherever the clock says).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from longretriever.errors import InputError
+from longretriever.model.batches import Batches, Rows, Step
+from longretriever.model.checkpoint import load_state, save_model, save_state
+from longretriever.model.config import TrainConfig
+from longretriever.model.loss import in_category_loss
+from longretriever.model.towers import ItemRows, Towers
+from longretriever.store.behaviors import Store
+
+PREFETCH = 4  # steps that are read ahead while one is computed
+_WARM_UP = 100  # steps in which the rate rises to its full height
+_LAST_RATE = 0.05  # of the full rate, at the end
+_VALIDATION_SAMPLES = 20_000
+
+
+@dataclass
+class Position:
+    """How far training has come: with the weights, all that a resumed run needs to know."""
+
+    epoch: int = 0
+    step: int = 0  # of the epoch
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0  # seconds in which the model waited for data
+    tokens: int = 0
+    padded: int = 0
+    validation: list[float] = field(default_factory=list)  # nats below chance, after each epoch
+    best: int = -1  # epoch with the best validation
+    finished: str = ""  # why training ended
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What `progress` is told after each step, and once more after each epoch (with `validation`)."""
+
+    position: Position
+    share: float  # of the whole training, 0 to 1
+    loss: float  # nats a sample, of this step
+    chance: float  # the same for guessing evenly
+    samples_per_second: float
+    validation: float | None = None
+
+
+class Training:
+    """Weights, optimizers and position of one run; `train` is the function to call."""
+
+    def __init__(self, store: Store, config: TrainConfig) -> None:
+        self.store, self.config, self.at = store, config, Position()
+        self.boundary = _boundary(store, config.validation)
+        self.batches = Batches(store, config.sampling(), self.boundary)
+        self.held_out = Batches(store, config.sampling(), store.last_time)
+        self.total = self.batches.n_samples * config.epochs
+        if self.batches.n_samples == 0:
+            raise InputError(
+                f"nothing to learn from: {store.n_events:,} events in {store.n_categories:,} categories, but "
+                "no category has two items or more. Check the category column of the log."
+            )
+        torch.manual_seed(config.seed)
+        self.towers = Towers(store, config)
+        self.rows = ItemRows(
+            store.n_items, config.dim, torch.Generator().manual_seed(config.seed), config.row_lr
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.towers.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+
+    @property
+    def share(self) -> float:
+        """Part of the training that is done, by samples or by the clock, whichever is further."""
+        by_clock = self.at.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(self.at.samples / self.total, by_clock))
+
+    def run_step(self, step: Step) -> float:
+        """One optimizer step; the summed loss."""
+        c, samples = self.config, len(step.state)
+        factor = min(1.0, (self.at.steps + 1) / _WARM_UP) * max(_LAST_RATE, 1 - self.share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * factor
+        torch.manual_seed(_mixed(c.seed, self.at.epoch, self.at.step))  # the masks of dropout
+        numbers = torch.from_numpy(step.numbers)
+        rows_Ud = self.rows.gather(numbers)
+        user_Sd, item_Ud = self.towers(rows_Ud, step, self.store)
+        loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss / samples).backward()
+        self.optimizer.step()
+        self.rows.update(numbers, rows_Ud, factor)
+        return loss.item()
+
+    def run_epoch(self, save: Callable[[], None], progress: Callable[[Tick], None] | None) -> None:
+        """From the current position to the end of its epoch, or of the minutes."""
+        at, began, before = self.at, time.perf_counter(), self.at.seconds
+        plan = islice(self.batches.epoch(self.config.seed, at.epoch), at.step, None)
+        self.towers.train()
+        for step, waited in _read_ahead(self.batches, plan, (self.config.seed, at.epoch), at.step):
+            loss, samples = self.run_step(step), len(step.state)
+            at.step, at.steps, at.samples = at.step + 1, at.steps + 1, at.samples + samples
+            at.waiting, at.seconds = at.waiting + waited, before + time.perf_counter() - began
+            at.tokens, at.padded = at.tokens + step.tokens, at.padded + step.padded
+            if progress:
+                progress(Tick(at, self.share, loss / samples, step.chance / samples, at.samples / at.seconds))
+            save()
+            if self.config.minutes and at.seconds >= 60 * self.config.minutes:
+                at.finished = f"{self.config.minutes:g} minutes are over"
+                break
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Nats below chance, a sample, on events that training has not seen; None if there are none."""
+        self.towers.eval()
+        rng, gain, samples = np.random.default_rng(self.config.seed), 0.0, 0
+        for plan in self.held_out.after(self.boundary, _VALIDATION_SAMPLES, rng):
+            step = self.held_out.assemble(plan, rng)
+            user_Sd, item_Ud = self.towers(self.rows.weight[torch.from_numpy(step.numbers)], step, self.store)
+            loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, step)
+            gain, samples = gain + step.chance - loss.item(), samples + len(step.state)
+        return gain / samples if samples else None
+
+    def end_epoch(self) -> float | None:
+        """Validate, move on to the next epoch, and decide whether there is to be one."""
+        at, c = self.at, self.config
+        gain = self.validate()
+        if gain is not None:
+            at.validation.append(gain)
+            if gain >= max(at.validation):
+                at.best = at.epoch
+            elif at.epoch - at.best >= c.patience and not at.finished:
+                at.finished = f"no better validation for {c.patience} epochs"
+        at.epoch, at.step = at.epoch + 1, 0
+        if at.epoch >= c.epochs and not at.finished:
+            at.finished = f"{c.epochs} epochs are done"
+        return gain
+
+
+def train(
+    store: Store,
+    out: str | os.PathLike[str],
+    config: TrainConfig = TrainConfig(),
+    *,
+    progress: Callable[[Tick], None] | None = None,
+    checkpoint_seconds: float = 120,
+    fresh: bool = False,
+) -> Position:
+    """Train both towers on a store and save the model to `out`; returns how training went.
+
+    Checkpoints go to a hidden folder beside `out`, at every epoch and about every `checkpoint_seconds`; a
+    call with the same store and configuration goes on from there, unless `fresh`. The folder is removed when
+    the model is saved. Memory is that of the weights plus a few steps, whatever the size of the log.
+
+    Raises `InputError` for a store that has nothing to learn from.
+    """
+    target = Path(out)
+    work = target.with_name(f".{target.name}.training")
+    run = Training(store, config)
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    elif work.exists():
+        load_state(work / "latest", run)
+    saved_at = time.perf_counter()
+
+    def save_now_and_then() -> None:
+        nonlocal saved_at
+        if time.perf_counter() - saved_at >= checkpoint_seconds:
+            save_state(run, work / "latest")
+            saved_at = time.perf_counter()
+
+    while not run.at.finished:
+        run.run_epoch(save_now_and_then, progress)
+        gain = run.end_epoch()
+        if run.at.best == run.at.epoch - 1:
+            save_state(run, work / "best")
+        save_state(run, work / "latest")
+        saved_at = time.perf_counter()
+        if progress:
+            progress(Tick(run.at, run.share, float("nan"), float("nan"), _rate(run.at), gain))
+    position = run.at
+    if position.validation and position.best < position.epoch - 1:
+        load_state(work / "best", run)
+        run.at = position
+    save_model(run, target)
+    shutil.rmtree(work, ignore_errors=True)
+    return position
+
+
+def _rate(at: Position) -> float:
+    return at.samples / max(at.seconds, 1e-9)
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _boundary(store: Store, validation: float) -> int:
+    """The time after which the newest `validation` part of the events lies (of a sample, if many)."""
+    if validation == 0:
+        return int(store.last_time)
+    stride = max(1, store.n_events // 2_000_000)
+    return int(np.quantile(store.event_time[::stride], 1 - validation, method="lower"))
+
+
+def _read_ahead(
+    batches: Batches, plan: Iterator[list[Rows]], seed: tuple[int, int], first: int
+) -> Iterator[tuple[Step, float]]:
+    """Assemble steps on another thread while the model computes; yields (step, seconds waited for it)."""
+    waiting: deque[Future[Step]] = deque()
+    with ThreadPoolExecutor(1) as reader:  # one: `assemble` has scratch arrays of its own
+
+        def submit_next(nth: int) -> None:
+            rows = next(plan, None)
+            if rows is not None:
+                waiting.append(reader.submit(batches.assemble, rows, np.random.default_rng([*seed, nth])))
+
+        for nth in range(first, first + PREFETCH):
+            submit_next(nth)
+        nth = first + PREFETCH
+        while waiting:
+            began = time.perf_counter()
+            step = waiting.popleft().result()
+            waited = time.perf_counter() - began
+            submit_next(nth)
+            nth += 1
+            yield step, waited

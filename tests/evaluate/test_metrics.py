@@ -1,0 +1,147 @@
+"""A world small enough to count by hand, and every metric against a loop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longretriever.evaluate import metrics
+
+LISTS = np.array([[4, 2, 7, 1], [5, 0, 3, -1], [6, -1, -1, -1], [-1, -1, -1, -1]])
+TARGETS = [np.array([2, 7, 9]), np.array([8]), np.array([6, 0]), np.array([1])]
+CATEGORY = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])  # of items 0..9
+
+
+def test_one_target_by_hand() -> None:
+    rank = metrics.ranks(LISTS, np.array([7, 5, 0, 3]))
+    assert rank.tolist() == [2, 0, math.inf, math.inf]
+    assert metrics.recall_at(rank, 2).tolist() == [0, 1, 0, 0]
+    assert metrics.recall_at(rank, 10).tolist() == [1, 1, 0, 0]
+    assert metrics.reciprocal_rank(rank).tolist() == [1 / 3, 1, 0, 0]
+
+
+def test_several_targets_by_hand() -> None:
+    hit, size = metrics.hits(LISTS, TARGETS), metrics.sizes(TARGETS)
+    assert hit.astype(int).tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert size.tolist() == [3, 1, 2, 1]
+    assert metrics.recall(hit, size, 2).tolist() == [1 / 3, 0, 1 / 2, 0]
+    assert metrics.recall(hit, size, 50).tolist() == [2 / 3, 0, 1 / 2, 0]
+    assert metrics.hit_rate(hit, 1).tolist() == [0, 0, 1, 0]
+    assert metrics.hit_rate(hit, 50).tolist() == [1, 0, 1, 0]
+    second, third = 1 / math.log2(3), 1 / math.log2(4)
+    assert metrics.ndcg(hit, size, 50) == pytest.approx(
+        [(second + third) / (1 + second + third), 0, 1 / (1 + second), 0]
+    )
+    assert metrics.ndcg(hit, size, 1).tolist() == [0, 0, 1, 0]  # ideal over min(2, 1) targets
+
+
+def test_what_lists_are_made_of_by_hand() -> None:
+    assert metrics.categories(LISTS, CATEGORY, 50).tolist() == [3, 2, 1, 0]
+    assert metrics.categories(LISTS, CATEGORY, 2).tolist() == [2, 2, 1, 0]
+    shown = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 0], dtype=bool)  # 3 and 9 are no catalogue items
+    assert metrics.coverage(LISTS, shown, 50)[0] == 7 / 8
+    assert metrics.coverage(LISTS, shown, 1)[0] == 3 / 8
+
+
+def test_selection_by_hand() -> None:
+    chosen = [np.array([1, 2]), np.array([0]), np.array([], dtype=int)]
+    wanted = [np.array([2, 2, 0, 5]), np.array([0]), np.array([1])]
+    assert metrics.selected(chosen, wanted).tolist() == [0.5, 1, 0]
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Some lists of distinct items with padding, and targets for each."""
+    n, places = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    item = np.full((n, places), -1)
+    for row in item:
+        found = draw(st.lists(st.integers(0, 15), unique=True, max_size=places))
+        row[: len(found)] = found
+    targets = [draw(st.lists(st.integers(0, 18), unique=True, min_size=1, max_size=8)) for _ in range(n)]
+    return item, [np.array(t) for t in targets]
+
+
+@settings(deadline=None)
+@given(worlds(), st.integers(1, 15))
+def test_metrics_agree_with_a_loop(world: tuple[np.ndarray, list[np.ndarray]], k: int) -> None:
+    item, targets = world
+    category = np.arange(20) % 4
+    hit, size = metrics.hits(item, targets), metrics.sizes(targets)
+    rank = metrics.ranks(item, np.array([t[0] for t in targets]))
+    for row, (places, wanted) in enumerate(zip(item.tolist(), targets, strict=True)):
+        head, wanted = [i for i in places[:k] if i >= 0], wanted.tolist()
+        found = [i for i in head if i in wanted]
+        gain = sum(1 / math.log2(at + 2) for at, i in enumerate(head) if i in wanted)
+        ideal = sum(1 / math.log2(at + 2) for at in range(min(len(wanted), k)))
+        assert metrics.recall(hit, size, k)[row] == len(found) / len(wanted)
+        assert metrics.ndcg(hit, size, k)[row] == pytest.approx(gain / ideal)
+        assert metrics.hit_rate(hit, k)[row] == bool(found)
+        assert metrics.categories(item, category, k)[row] == len({category[i] for i in head})
+        assert metrics.recall_at(rank, k)[row] == (wanted[0] in head)
+        reciprocal = 1 / (places.index(wanted[0]) + 1) if wanted[0] in places else 0
+        assert metrics.reciprocal_rank(rank)[row] == reciprocal
+
+
+@settings(deadline=None)
+@given(worlds())
+def test_coverage_is_the_union_and_its_interval_the_jackknife(world: tuple) -> None:
+    item, _ = world
+    shown = np.arange(20) % 3 > 0
+    figure, low, high = metrics.coverage(item, shown)
+
+    def union(rows: np.ndarray) -> float:
+        return len({i for i in rows.ravel().tolist() if i >= 0 and shown[i]}) / shown.sum()
+
+    assert figure == union(item)
+    without = np.array([union(np.delete(item, row, axis=0)) for row in range(len(item))])
+    error = math.sqrt((len(item) - 1) * without.var())
+    assert low == pytest.approx(max(0, figure - 1.96 * error))
+    assert high == pytest.approx(min(1, figure + 1.96 * error))
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(100):
+        taste = rng.random(80) * 0.6  # mean 0.3, users differ
+        user = np.repeat(np.arange(80), rng.integers(1, 6, 80))
+        value = (rng.random(len(user)) < taste[user]).astype(float)
+        low, high = metrics.interval(value[:, None], user, rng, resamples=300)[:, 0]
+        held += low <= 0.3 <= high
+    assert 87 <= held <= 100
+
+
+def test_requests_of_one_user_count_as_one_observation() -> None:
+    user = np.repeat(np.arange(40), 25)
+    value = np.repeat(np.arange(40) % 2, 25).astype(float)[:, None]
+    low, high = metrics.interval(value, user, np.random.default_rng(1))[:, 0]
+    apart = metrics.interval(value, np.arange(1000), np.random.default_rng(1))[:, 0]
+    assert high - low > 4 * (apart[1] - apart[0])
+
+
+def test_intervals_are_of_the_mean_over_requests() -> None:
+    value = np.array([[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]])
+    ends = metrics.interval(value, np.array([7, 7, 9]), np.random.default_rng(1))
+    assert ends.tolist() == [[1, 3], [1, 3]]
+    assert np.isnan(metrics.interval(np.empty((0, 2)), np.empty(0, int), np.random.default_rng(1))).all()
+
+
+def test_a_paired_difference_is_surer_than_two_figures() -> None:
+    rng = np.random.default_rng(2)
+    hard = rng.random(300)
+    ours, theirs = hard + 0.02, hard + 0.001 * rng.standard_normal(300)
+    user = np.arange(300)
+    both = metrics.interval(np.stack([ours, theirs], axis=1), user, np.random.default_rng(1))
+    assert both[0, 0] < both[1, 1]  # the intervals overlap
+    low, high = metrics.interval((ours - theirs)[:, None], user, np.random.default_rng(1))[:, 0]
+    assert 0.019 < low < 0.02 < high < 0.021
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    value, user = np.random.default_rng(3).random((50, 1)), np.arange(50)
+    ends = [metrics.interval(value, user, np.random.default_rng(5)).tolist() for _ in range(2)]
+    assert ends[0] == ends[1]

@@ -1,0 +1,190 @@
+"""Training learns, repeats itself, survives being killed, and says what it cannot do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longretriever.errors import InputError, Mismatch, NotSaved
+from longretriever.index import ExactIndex
+from longretriever.model.config import TrainConfig
+from longretriever.model.exported import Model
+from longretriever.model.train import train
+from longretriever.retrieve.interests import Top
+from longretriever.retrieve.retriever import Retriever
+from longretriever.store.behaviors import Store
+from tests.worlds import START, parity_log, random_log, stored, table
+
+TINY = TrainConfig(dim=16, heads=2, context_length=8, recent_length=4, overlap=2, step_samples=100, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory):
+    return stored(parity_log(), tmp_path_factory.mktemp("parity") / "store")
+
+
+def parity_right(path: Path, store: Store) -> float:
+    """How often the first half of a context's items is of the parity that the user likes there."""
+    model = Model.open(path)
+    vectors = model.item_vectors(slice(None))
+    retriever = Retriever(model, ExactIndex(vectors, model.category_start), store, interests=Top(3))
+    right, asked = 0, 0
+    for user in range(0, store.n_users, 3):
+        answer = retriever.answer([store.life(user)], k=36)[0]
+        for context in range(len(answer.contexts)):
+            items = answer.item[answer.source == context][:6]
+            category = answer.asked_categories[context]
+            liked = store.event_item[store.in_context(user, int(category), limit=1)][0] % 2
+            right += int((items % 2 == liked).sum())
+            asked += len(items)
+    return right / asked
+
+
+@pytest.mark.parametrize("encoder", ["packed", "cls"])
+def test_it_learns_what_only_the_context_tells(parity, tmp_path, encoder):
+    ticks = []
+    config = replace(TINY, encoder=encoder, epochs=12, row_lr=0.1)
+    at = train(parity, tmp_path / "model", config, progress=ticks.append)
+    assert parity_right(tmp_path / "model", parity) > 0.95  # chance is 0.5
+    assert at.validation[at.best] > 0.4  # of log 2 = 0.69 nats that parity is worth
+    assert 0 < at.waiting < at.seconds
+    assert ticks[-1].share == 1 or "validation" in at.finished
+    assert not list(tmp_path.glob(".*")), "the working folder must be gone"
+
+
+def weights(path: Path) -> np.ndarray:
+    return np.concatenate(
+        [np.load(path / "item_token.npy").ravel(), np.load(path / "category_token.npy").ravel()]
+    )
+
+
+def test_the_same_seed_gives_the_same_weights(parity, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(parity, tmp_path / name, replace(TINY, seed=seed))
+    assert np.array_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not np.array_equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    a, b = Model.open(tmp_path / "a", verify=True), Model.open(tmp_path / "b")
+    assert a.fingerprint == b.fingerprint
+
+
+SCRIPT = """
+import sys
+from longretriever import Store, train
+from tests.model.test_train import TINY
+say = lambda tick: print(tick.position.steps, flush=True)
+train(Store.open(sys.argv[1]), sys.argv[2], TINY, checkpoint_seconds=0, progress=say)
+"""
+
+
+def test_killed_and_resumed_ends_in_the_same_weights(parity, tmp_path):
+    train(parity, tmp_path / "whole", TINY)
+    command = [sys.executable, "-c", SCRIPT, str(parity.path), str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": _threads()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        for line in process.stdout:
+            if int(line) >= 12:  # in the middle of an epoch
+                process.send_signal(signal.SIGKILL)
+                break
+    assert not (tmp_path / "killed").exists()
+    seen = []
+    train(parity, tmp_path / "killed", TINY, progress=lambda tick: seen.append(tick.position.steps))
+    assert 12 <= seen[0] <= 14, "it must go on from the checkpoint, not from the start"
+    assert np.array_equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def _threads() -> str:
+    import torch
+
+    return str(torch.get_num_threads())
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_can_be_discarded(parity, tmp_path):
+    def stop(tick):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(parity, tmp_path / "m", TINY, progress=stop, checkpoint_seconds=0)
+    with pytest.raises(KeyboardInterrupt):  # the first stop came before the first checkpoint
+        train(parity, tmp_path / "m", TINY, progress=_stop_at(3), checkpoint_seconds=0)
+    with pytest.raises(Mismatch, match=r"other settings \(dim, epochs\).*--fresh"):
+        train(parity, tmp_path / "m", replace(TINY, dim=8, epochs=1))
+    at = train(parity, tmp_path / "m", replace(TINY, dim=8, epochs=1), fresh=True)
+    assert at.epoch == 1
+
+
+def _stop_at(steps):
+    def progress(tick):
+        if tick.position.steps >= steps:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_it_stops_when_validation_no_longer_falls(tmp_path):
+    store = stored(random_log(1, events=600, users=20), tmp_path / "store")  # nothing to learn
+    at = train(store, tmp_path / "model", replace(TINY, epochs=40, patience=2, validation=0.2, row_lr=0.5))
+    assert at.epoch < 40
+    assert at.finished == "no better validation for 2 epochs"
+    assert at.best == int(np.argmax(at.validation))
+
+
+def test_minutes_bound_it(parity, tmp_path):
+    began = time.perf_counter()
+    at = train(parity, tmp_path / "model", replace(TINY, epochs=10_000, minutes=0.03, patience=10_000))
+    assert at.finished == "0.03 minutes are over"
+    assert time.perf_counter() - began < 30
+    assert Model.open(tmp_path / "model").n_items == parity.n_items
+
+
+def test_nothing_to_learn_from(tmp_path):
+    log = table([1, 1, 2], ["a", "a", "b"], ["x", "x", "y"], [START, START + 1, START + 2])
+    store = stored(log, tmp_path / "store")
+    with pytest.raises(InputError, match="3 events in 2 categories, but no category has two items"):
+        train(store, tmp_path / "model", TINY)
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        table([1] * 6, [1, 2, 3, 1, 2, 3], [0] * 6, [START + i for i in range(6)]),  # one user, one category
+        table([1, 2], [1, 2], [0, 0], [START, START]),  # one event each, at the same time
+    ],
+    ids=["one user", "one event each"],
+)
+def test_the_smallest_logs_train(tmp_path, log):
+    at = train(stored(log, tmp_path / "store"), tmp_path / "model", replace(TINY, epochs=1))
+    assert at.samples >= 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"encoder": "gru"}, "packed"),
+        ({"dim": 15}, "multiple"),
+        ({"validation": 0.9}, "0.5"),
+        ({"epochs": 0}, "epochs"),
+    ],
+)
+def test_wrong_settings(wrong, message):
+    with pytest.raises(InputError, match=message):
+        replace(TINY, **wrong)
+
+
+def test_a_damaged_or_foreign_model(parity, tmp_path):
+    train(parity, tmp_path / "model", replace(TINY, epochs=1))
+    with pytest.raises(NotSaved, match="longretriever train"):
+        Model.open(tmp_path / "nowhere")
+    with pytest.raises(Mismatch, match="holds a saved store, expected: model"):
+        Model.open(parity.path)
+    onnx = tmp_path / "model" / "user_tower.onnx"
+    onnx.write_bytes(onnx.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"user_tower\.onnx: .* bytes, expected .*longretriever train"):
+        Model.open(tmp_path / "model")
