@@ -20,20 +20,22 @@ if TYPE_CHECKING:
     from longretriever.model.train import train
     from longretriever.retrieve.interests import Contexts, RandomInTop, Top
     from longretriever.retrieve.merge import probability, quota, round_robin, score
-    from longretriever.retrieve.retriever import Candidate, Retrieval, Retriever, Rules, index_model
+    from longretriever.retrieve.retrieval import Candidate, Retrieval
+    from longretriever.retrieve.retriever import Retriever, index_model
+    from longretriever.retrieve.rules import Rules
     from longretriever.store.behaviors import Life, Store
     from longretriever.store.ingest import ingest
 
 _HOME = {
-    "Candidate": "retrieve.retriever",
+    "Candidate": "retrieve.retrieval",
     "Contexts": "retrieve.interests",
     "Life": "store.behaviors",
     "Market": "market",
     "MarketConfig": "market",
     "RandomInTop": "retrieve.interests",
-    "Retrieval": "retrieve.retriever",
+    "Retrieval": "retrieve.retrieval",
     "Retriever": "retrieve.retriever",
-    "Rules": "retrieve.retriever",
+    "Rules": "retrieve.rules",
     "Store": "store.behaviors",
     "Top": "retrieve.interests",
     "TrainConfig": "model.config",

@@ -21,7 +21,7 @@ from longretriever.errors import InputError, LongRetrieverError, MissingExtra
 if TYPE_CHECKING:
     from longretriever.retrieve.interests import Interests
     from longretriever.retrieve.merge import Merge
-    from longretriever.retrieve.retriever import Rules
+    from longretriever.retrieve.rules import Rules
 
 app = typer.Typer(
     help="Candidates out of millions of items for each request, from a user's whole life of behaviors.",
@@ -168,7 +168,7 @@ def train(
     from longretriever.store.behaviors import Store
 
     torch_train = _training(threads)
-    given = {
+    given: dict[str, Any] = {
         "epochs": epochs,
         "minutes": minutes,
         "dim": dim,
@@ -426,7 +426,7 @@ def _rules(
     quota: Sequence[str] | None,
     boost: Sequence[str] | None,
 ) -> Rules:
-    from longretriever.retrieve.retriever import Rules
+    from longretriever.retrieve.rules import Rules
 
     items, categories = retriever.model.item_ids, retriever.model.category_ids
     quotas = _pairs(quota, "--quota") or {}

@@ -23,7 +23,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from longretriever.model.train import Tick
-    from longretriever.retrieve.retriever import Retrieval
+    from longretriever.retrieve.retrieval import Retrieval
 
 out = Console()
 err = Console(stderr=True)

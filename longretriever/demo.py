@@ -20,7 +20,9 @@ from longretriever.evaluate.run import evaluate_log
 from longretriever.market import Market, MarketConfig
 from longretriever.model.config import TrainConfig
 from longretriever.retrieve.interests import Top
-from longretriever.retrieve.retriever import Retrieval, Retriever, Rules
+from longretriever.retrieve.retrieval import Retrieval
+from longretriever.retrieve.retriever import Retriever
+from longretriever.retrieve.rules import Rules
 from longretriever.store.behaviors import Store
 
 

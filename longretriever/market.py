@@ -211,8 +211,7 @@ class _Visits(NamedTuple):
 class Market:
     """The world that a configuration describes: ask it for the truth, or have it write a log.
 
-    Holds a count per user and two numbers per item (8 bytes each), and tables of categories x styles and of
-    categories x personas.
+    Holds 8 bytes per user and 8 per item, and tables of categories x styles and of categories x personas.
     """
 
     def __init__(self, config: MarketConfig) -> None:
@@ -236,10 +235,8 @@ class Market:
     def _make_catalogue(self, rng: np.random.Generator) -> None:
         c = self.config
         size_C = _category_sizes(c, rng)
-        self.category_popularity = size_C * rng.lognormal(
-            0.0, c.category_spread, c.categories
-        )  # [C] adds up to 1
-        self.category_popularity /= self.category_popularity.sum()
+        popularity_C = size_C * rng.lognormal(0.0, c.category_spread, c.categories)
+        self.category_popularity = popularity_C / popularity_C.sum()
         count_CG = rng.multinomial(size_C, np.full(c.styles, 1 / c.styles))
         with np.errstate(divide="ignore"):  # a style without items has no mass
             self._log_mass_CG = np.log(count_CG) + rng.normal(0.0, c.style_spread, count_CG.shape)

@@ -26,7 +26,13 @@ from longretriever.errors import Damaged, Mismatch, NotSaved
 FORMAT = 1
 MANIFEST = "manifest.json"
 _HASHED_AT_OPEN = 1 << 20  # bytes: smaller files are always hashed, larger ones only by `verify`
-_MADE_BY = {"store": "longretriever ingest", "model": "longretriever train", "index": "longretriever index"}
+_MADE_BY = {
+    "market": "longretriever generate",
+    "store": "longretriever ingest",
+    "model": "longretriever train",
+    "checkpoint": "longretriever train",
+    "index": "longretriever index",
+}
 
 
 def package_version() -> str:

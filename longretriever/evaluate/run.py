@@ -27,7 +27,8 @@ from longretriever.evaluate.split import Split, split
 from longretriever.events import CATEGORY, ITEM
 from longretriever.retrieve.interests import Interests, Top
 from longretriever.retrieve.merge import Merge, probability
-from longretriever.retrieve.retriever import BATCH, Retriever, Rules, index_model
+from longretriever.retrieve.retriever import BATCH, Retriever, index_model
+from longretriever.retrieve.rules import Rules
 from longretriever.store.behaviors import Store
 from longretriever.store.ingest import ingest, read_events, read_table
 

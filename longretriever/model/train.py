@@ -71,8 +71,9 @@ class Training:
     def __init__(self, store: Store, config: TrainConfig) -> None:
         self.store, self.config, self.at = store, config, Position()
         self.boundary = _boundary(store, config.validation)
-        self.batches = Batches(store, config.sampling(), self.boundary)
-        self.held_out = Batches(store, config.sampling(), store.last_time)
+        sampling = config.sampling(store.n_events)
+        self.batches = Batches(store, sampling, self.boundary)
+        self.held_out = Batches(store, sampling, store.last_time)
         self.total = self.batches.n_samples * config.epochs
         if self.batches.n_samples == 0:
             raise InputError(

@@ -496,24 +496,24 @@ def judge(con: Any, source: Source, types: Mapping[str, str], time_unit: str | N
 def _parsed(source: Source, types: Mapping[str, str]) -> Any:
     """Each event with its keys cleaned, its time as a number or a date, and what is wrong with it so far."""
     raw = source.table
+    keys = {column: as_key(source, column, types[column]) for column in (USER, ITEM, CATEGORY)}
     number, date = _numbers_and_dates(raw[TIME], source.kinds[TIME])
-    behavior = raw[BEHAVIOR].cast("string").nullif("") if source.has(BEHAVIOR) else ibis.null("string")
-    rows = raw.select(
+    unit = ibis.ifelse(number < LATEST, ibis.literal(SECONDS), ibis.literal(MILLISECONDS))
+    return raw.select(
         FILE,
         AT,
-        **{column: as_key(source, column, types[column]) for column in (USER, ITEM, CATEGORY)},
+        **keys,
         **{
             f"given_{column}": raw[column].cast("string")
             for column in EVENT_COLUMNS[:4]
             if source.has(column)
         },
-        behavior=behavior,
+        behavior=raw[BEHAVIOR].cast("string").nullif("") if source.has(BEHAVIOR) else ibis.null("string"),
         number=number,
         date=date,
+        unit=ibis.ifelse(date.notnull(), ibis.literal("date"), unit),
+        trouble=_trouble(source, keys, number, date),
     )
-    unit = ibis.ifelse(rows.number < LATEST, ibis.literal(SECONDS), ibis.literal(MILLISECONDS))
-    unit = ibis.ifelse(rows.date.notnull(), ibis.literal("date"), unit)
-    return rows.mutate(trouble=_trouble(rows), unit=unit)
 
 
 def _numbers_and_dates(value: Any, kind: str) -> tuple[Any, Any]:
@@ -531,19 +531,23 @@ def _numbers_and_dates(value: Any, kind: str) -> tuple[Any, Any]:
     return number, ibis.ifelse(number.isnull(), date, ibis.null("int64"))
 
 
-def _trouble(rows: Any) -> Any:
-    absurd = ~rows.number.between(EARLIEST, LATEST * 1_000 - 1) | ~rows.date.between(EARLIEST, LATEST - 1)
-    given = [rows[f"given_{column}"] for column in (USER, ITEM, TIME)]
+def _trouble(source: Source, keys: Mapping[str, Any], number: Any, date: Any) -> Any:
+    absurd = ~number.between(EARLIEST, LATEST * 1_000 - 1) | ~date.between(EARLIEST, LATEST - 1)
     return ibis.cases(
-        (given[0].isnull() | (given[0] == ""), f"no {USER}"),
-        (given[1].isnull() | (given[1] == ""), f"no {ITEM}"),
-        (given[2].isnull() | (given[2] == ""), f"no {TIME}"),
-        (rows[USER].isnull(), f"{USER} is not a whole number"),
-        (rows[ITEM].isnull(), f"{ITEM} is not a whole number"),
-        (rows.number.isnull() & rows.date.isnull(), f"{TIME} is unreadable"),
+        (_is_missing(source, USER), f"no {USER}"),
+        (_is_missing(source, ITEM), f"no {ITEM}"),
+        (_is_missing(source, TIME), f"no {TIME}"),
+        (keys[USER].isnull(), f"{USER} is not a whole number"),
+        (keys[ITEM].isnull(), f"{ITEM} is not a whole number"),
+        (number.isnull() & date.isnull(), f"{TIME} is unreadable"),
         (absurd.fill_null(False), f"{TIME} is before 1970 or after 2100"),
         else_=ibis.null("string"),
     )
+
+
+def _is_missing(source: Source, column: str) -> Any:
+    value = source.table[column]
+    return value.isnull() | (value == "") if value.type().is_string() else value.isnull()
 
 
 def _unit(source: Source, rows: Any, found: list[dict[str, Any]], time_unit: str | None) -> str:

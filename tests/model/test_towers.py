@@ -31,7 +31,7 @@ def vectors(store, config, rows=None):
     for parameter in towers.parameters():  # far from the start, where all vectors are alike
         torch.nn.init.normal_(parameter, std=0.3)
     items = ItemRows(store.n_items, config.dim, torch.Generator().manual_seed(0), 0.1)
-    batches = Batches(store, config.sampling(), store.last_time)
+    batches = Batches(store, config.sampling(store.n_events), store.last_time)
     return towers, items, batches
 
 

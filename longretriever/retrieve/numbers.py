@@ -1,0 +1,78 @@
+"""How a model and a store of different days understand each other: numbers are matched by id, once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+
+from longretriever.errors import Mismatch
+from longretriever.events import ITEM
+from longretriever.model.exported import Model
+from longretriever.retrieve.interests import Contexts
+from longretriever.store.behaviors import Behaviors, Store
+
+
+class Numbers:
+    """From the store's numbers to the model's, by id: the store may be of a later day than the model.
+
+    item, category [store numbers] -> model numbers or -1; kind -> model codes or 0; `*_of_model` the inverse.
+    """
+
+    def __init__(self, store: Store, model: Model) -> None:
+        self.same = model.manifest.made_from.get("store") == store.fingerprint
+        self.item = _matched(store.items[ITEM], model.items[ITEM])
+        self.category = _matched(store.category_ids.values, model.category_ids.values)
+        self.item_of_model = _inverse(self.item, model.n_items)
+        self.category_of_model = _inverse(self.category, len(model.category_ids))
+        known = {kind: code for code, kind in enumerate(model.behaviors)}
+        self.kind = np.array([known.get(kind, 0) for kind in store.behaviors] or [0], np.int64)
+        mine = {field.name: (i, field) for i, field in enumerate(store.profile_fields)}
+        self._profile = [
+            (mine[f.name][0], mine[f.name][1].codes_in(f)) if f.name in mine else None
+            for f in model.profile_fields
+        ]
+
+    def items(self, items: np.ndarray) -> np.ndarray:
+        """Those that the model knows."""
+        found = self.item[items]
+        return found[found >= 0]
+
+    def contexts(self, chosen: Contexts) -> Contexts:
+        """Those that the model knows."""
+        category = self.category[chosen.category]
+        return Contexts(category[category >= 0], chosen.share[category >= 0])
+
+    def known(self, b: Behaviors) -> Behaviors:
+        """Those of a category that the model knows; of the others it can say nothing."""
+        return b if self.same else b.pick(self.category[b.category] >= 0)
+
+    def behaviors(self, b: Behaviors) -> Behaviors:
+        """Known ones in the model's numbers; an item that the model has never seen is -1."""
+        if self.same:
+            return b
+        return Behaviors(self.item[b.item], self.category[b.category], b.time, self.kind[b.kind])
+
+    def profile(self, codes: np.ndarray) -> np.ndarray:
+        return np.array(
+            [0 if field is None else field[1][codes[field[0]]] for field in self._profile], np.int64
+        )
+
+
+def _matched(ids: Any, among: Any) -> np.ndarray:
+    """[len(ids)] where each id stands in `among`, -1 where it does not."""
+    if ids.type != among.type:
+        raise Mismatch(
+            f"the store's ids are {ids.type}, the model's {among.type}. "
+            "Ingest the log with ids of the same type."
+        )
+    found = pyarrow.compute.fill_null(pyarrow.compute.index_in(ids, value_set=among), -1)
+    return found.to_numpy().astype(np.int64)
+
+
+def _inverse(numbers: np.ndarray, size: int) -> np.ndarray:
+    out = np.full(size, -1, np.int64)
+    at = np.flatnonzero(numbers >= 0)
+    out[numbers[at]] = at
+    return out

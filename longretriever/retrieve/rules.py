@@ -1,0 +1,69 @@
+"""What a request may demand beyond the user's taste: what to leave out, ask in any case, limit or push."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longretriever.errors import UnknownCategory
+from longretriever.model.exported import Model
+from longretriever.retrieve.interests import Contexts
+from longretriever.retrieve.merge import Ranked, boosted, capped
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a request may demand beyond the user's taste; ids are the log's own."""
+
+    exclude_seen: bool = False  # items that the user met before `now`
+    exclude_items: Collection[int | str] = ()
+    exclude_categories: Collection[int | str] = ()
+    include_categories: Collection[int | str] = ()  # asked about in any case, after those chosen
+    quotas: Mapping[int | str, int] | None = None  # at most so many candidates of a category
+    boosts: Mapping[int | str, float] | None = None  # factor on a category's share, see `merge`
+
+
+class Ruled:
+    """`Rules` in the model's numbers."""
+
+    def __init__(self, rules: Rules, model: Model) -> None:
+        self.rules = rules
+        self.items = np.unique(
+            np.array(
+                [n for n in map(model.item_ids.number_of, rules.exclude_items) if n is not None], np.int64
+            )
+        )
+        self.excluded = {_category(model, c) for c in rules.exclude_categories}
+        self.included = [_category(model, c) for c in rules.include_categories]
+        self.quotas = {_category(model, c): n for c, n in (rules.quotas or {}).items()}
+        self.boosts = {_category(model, c): x for c, x in (rules.boosts or {}).items()}
+
+    def contexts(self, chosen: Contexts) -> list[tuple[int, float]]:
+        """Category and share of each context to ask about."""
+        out = [
+            (int(c), float(s))
+            for c, s in zip(chosen.category, chosen.share, strict=True)
+            if c not in self.excluded
+        ]
+        present = {c for c, _ in out}
+        least = min(
+            (s for _, s in out), default=1.0
+        )  # one that was not chosen is wanted no more than the last
+        return out + [(c, least) for c in self.included if c not in present]
+
+    def lists(self, lists: Sequence[Ranked]) -> Sequence[Ranked]:
+        if self.boosts:
+            lists = boosted(lists, self.boosts)
+        return capped(lists, self.quotas) if self.quotas else lists
+
+
+def _category(model: Model, category_id: int | str) -> int:
+    number = model.category_ids.number_of(category_id)
+    if number is None:
+        raise UnknownCategory(
+            f"category {category_id!r} is not among the {len(model.category_ids):,} categories of "
+            f"{model.path} (such as {model.category_ids.take([0])[0]!r})."
+        )
+    return number
