@@ -59,8 +59,8 @@ class TrainConfig:
     def sampling(self, events: int) -> Sampling:
         """How samples are cut and grouped for a log of so many events.
 
-        Small logs need small steps: with 4,096 samples a step, 90,000 events make 22 updates an epoch, too few
-        to learn from; a 20 times smaller step raised Recall@200 on them from .28 to .52 (docs/log.md).
+        Small logs need small steps: with 4,096 samples a step, 90,000 events make 22 updates an epoch, too
+        few to learn from; a 16 times smaller step raised Recall@200 on them from .28 to .52 (docs/log.md).
         """
         return Sampling(
             packed=self.encoder == "packed",
