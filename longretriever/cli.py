@@ -167,7 +167,7 @@ def train(
     from longretriever.model.config import TrainConfig
     from longretriever.store.behaviors import Store
 
-    torch_train = _training(threads)
+    torch_train = _training()
     given: dict[str, Any] = {
         "epochs": epochs,
         "minutes": minutes,
@@ -181,7 +181,13 @@ def train(
     opened = Store.open(store)
     with training_bar() as progress:
         at = torch_train(
-            opened, path, config, progress=progress, fresh=fresh, checkpoint_seconds=checkpoint_seconds
+            opened,
+            path,
+            config,
+            progress=progress,
+            fresh=fresh,
+            checkpoint_seconds=checkpoint_seconds,
+            threads=threads,
         )
     facts = {"path": str(path), "config": asdict(config), "training": asdict(at)}
     summary = {
@@ -314,7 +320,7 @@ def evaluate(
     config = None
     names = [name.strip() for name in models.split(",") if name.strip()]
     if "longretriever" in names:
-        _training(threads)
+        _training()
         from longretriever.model.config import TrainConfig
 
         config = TrainConfig(encoder=encoder, **({"epochs": epochs} if epochs else {}))
@@ -383,7 +389,7 @@ def demo(
     """The whole way on a simulated market: log, store, model, index, quality, candidates with reasons."""
     from longretriever.demo import run
 
-    _training(None)
+    _training()
     run(path, events, minutes, seed, out)
 
 
@@ -475,17 +481,13 @@ def _number(text: str, option: str) -> float:
         raise InputError(f"{option}: {text!r} is not a number.") from None
 
 
-def _training(threads: int | None) -> Callable[..., Any]:
+def _training() -> Callable[..., Any]:
     try:
-        import torch
-
         from longretriever.model.train import train as torch_train
     except ImportError as error:
         raise MissingExtra(
             f"training needs PyTorch ({error}). Install it with `pip install 'longretriever[train]'`."
         ) from error
-    if threads:
-        torch.set_num_threads(threads)
     return torch_train
 
 

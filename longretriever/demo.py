@@ -61,7 +61,7 @@ def run(path: Path, events: int, minutes: float, seed: int, console: Console) ->
     user_id = _someone(retriever.store)
     answer = retriever.retrieve(user_id, k=500, rules=Rules(exclude_seen=True))
     show_retrieval(answer, 12)
-    console.print(_truth(market, answer))
+    console.print(_truth(market, retriever, answer))
     console.print(
         f"\nDone in {time.perf_counter() - began:.0f} s. Next: `longretriever retrieve {path}/model "
         f"--store {path}/full --user ID`, or `longretriever evaluate --events YOUR_LOG`."
@@ -75,16 +75,19 @@ def _someone(store: Store) -> int | str:
     return store.user_ids.take([user])[0]
 
 
-def _truth(market: Market, answer: Retrieval) -> str:
-    """How the candidates stand in the user's true taste, which no model was shown."""
-    user, items = int(answer.user_id), np.array(answer.item_ids[:50], dtype=np.int64)
+def _truth(market: Market, retriever: Retriever, answer: Retrieval) -> str:
+    """How the candidates stand in the user's true taste, which no model was shown: against the other items
+    of their category that the user has not met, since those that he has met are not among them either."""
+    store, user = retriever.store, int(answer.user_id)
+    life = store.life(store.user_number(answer.user_id))
+    met = np.array(store.item_ids.take(life.items()), np.int64)
     above = []
-    for item in items:
-        rivals = market.items_of(int(market.category_of(np.array([item]))[0]))
+    for item_id in answer.item_ids[:50]:
+        rivals = np.setdiff1d(market.items_of(int(market.category_of([item_id])[0])), met)
         taste = market.taste(np.full(len(rivals), user), rivals, at=answer.now)
-        mine = market.taste(np.array([user]), np.array([item]), at=answer.now)[0]
-        above.append((taste < mine).mean())
+        mine = market.taste([user], [item_id], at=answer.now)[0]
+        above.append(((taste < mine).sum() + 0.5 * (taste == mine).sum()) / len(rivals))
     return (
-        f"\nHeld against the truth: the user's true taste puts the first {len(items)} candidates above "
-        f"[bold]{np.mean(above):.0%}[/] of the items of their categories (chance: 50%)."
+        f"\nHeld against the truth: the user's true taste puts the first {len(above)} candidates above "
+        f"[bold]{np.mean(above):.0%}[/] of the items that he has not met in their categories (chance: 50%)."
     )

@@ -116,6 +116,7 @@ def evaluate_log(
                     merge,
                     seed,
                     trained,
+                    reading.get("threads"),
                 )
             else:
                 recommenders[name] = _rival(name, full, cut.T)
@@ -152,6 +153,7 @@ def _ours(
     merge: Merge,
     seed: int,
     trained: Callable[[Tick], None] | None,
+    threads: int | None,
 ) -> Retrieved:
     try:
         from longretriever.model.train import train
@@ -159,7 +161,7 @@ def _ours(
         raise MissingExtra(
             f"training needs PyTorch ({error}). Install it with `pip install 'longretriever[train]'`."
         ) from error
-    at = train(train_store, path, config, progress=trained)
+    at = train(train_store, path, config, progress=trained, threads=threads)
     index_model(path)
     retriever = Retriever.load(path, store=full.path, interests=interests, merge=merge)
     facts = {

@@ -42,7 +42,6 @@ class TrainConfig:
             "context_length",
             "recent_length",
             "epochs",
-            "step_samples",
             "overlap",
         ):
             if getattr(self, name) < 1:

@@ -165,15 +165,19 @@ def train(
     progress: Callable[[Tick], None] | None = None,
     checkpoint_seconds: float = 120,
     fresh: bool = False,
+    threads: int | None = None,
 ) -> Position:
     """Train both towers on a store and save the model to `out`; returns how training went.
 
     Checkpoints go to a hidden folder beside `out`, at every epoch and about every `checkpoint_seconds`; a
     call with the same store and configuration goes on from there, unless `fresh`. The folder is removed when
     the model is saved. Memory is that of the weights plus a few steps, whatever the size of the log.
+    `threads` are PyTorch's, for the whole process; by default as many as there are cores.
 
     Raises `InputError` for a store that has nothing to learn from.
     """
+    if threads:
+        torch.set_num_threads(threads)
     target = Path(out)
     work = target.with_name(f".{target.name}.training")
     run = Training(store, config)
