@@ -1,7 +1,7 @@
 """The commands, one for each stage: generate, ingest, train, index, retrieve, evaluate; demo runs them all.
 
 Results go to stdout, as tables for people or, with `--json`, as one JSON object; progress goes to stderr.
-Exit codes: 0 done, 1 an error that is said in one line, 2 a wrong option.
+Exit codes: 0 done, 1 an error that is said in one line, 2 a wrong option, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import pyarrow as pa
 import typer
 from rich.markup import escape
 
 from longretriever.console import bar, day, err, out, print_json, show, show_retrieval, spinner, training_bar
 from longretriever.errors import InputError, LongRetrieverError, MissingExtra
+from longretriever.events import ITEM
 
 if TYPE_CHECKING:
     from longretriever.retrieve.interests import Interests
@@ -60,15 +62,12 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor
 
 
 def main() -> None:
-    """The entry point: errors of the package become one line on stderr."""
+    """The entry point: errors of the package and of the disk become one line on stderr."""
     try:
         app()
-    except LongRetrieverError as error:
+    except (LongRetrieverError, OSError) as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("stopped")
-        sys.exit(130)
 
 
 @app.command()
@@ -252,7 +251,7 @@ def retrieve(
     store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Scan all items instead of using an index.")] = False,
     most: Annotated[int, typer.Option("--show", min=1, help="Candidates to print; --json prints all.")] = 20,
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of the user tower.")] = 1,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -263,17 +262,20 @@ def retrieve(
         raise InputError("retrieve needs --user ID, or --all-users together with --out FILE.parquet.")
     if all_users and path is None:
         raise InputError("--all-users needs --out FILE.parquet to write to.")
+    if user is not None and path is not None:
+        raise InputError("--out is for --all-users; for one user, --json prints all candidates.")
     retriever = Retriever.load(
         model,
         store=store,
         exact=exact,
         interests=parse_interests(select),
         merge=_merge(merge),
-        threads=threads or 1,
+        threads=threads,
     )
     rules = _rules(retriever, exclude_seen, exclude_item, exclude_category, include_category, quota, boost)
     if user is not None:
-        answer = retriever.retrieve(_as_id(user, retriever.store.user_ids), k, now=now, rng=seed, rules=rules)
+        user_id = _as_id(user, retriever.store.user_ids.values.type)
+        answer = retriever.retrieve(user_id, k, now=now, rng=seed, rules=rules)
         if as_json:
             print_json(answer.as_dict())
         else:
@@ -323,7 +325,7 @@ def evaluate(
         _training()
         from longretriever.model.config import TrainConfig
 
-        config = TrainConfig(encoder=encoder, **({"epochs": epochs} if epochs else {}))
+        config = TrainConfig(encoder=encoder, seed=seed, **({"epochs": epochs} if epochs else {}))
     reading = {
         "columns": _pairs(column, "--column"),
         "item_columns": _pairs(item_column, "--item-column"),
@@ -376,7 +378,9 @@ def verify(
         "bytes": size,
         "intact": True,
     }
-    show(facts, as_json, {**facts, "bytes": f"{size:,}", "fingerprint": manifest.fingerprint[:16]})
+    origins = ", ".join(f"{kind} {print_[:16]}" for kind, print_ in manifest.made_from.items())
+    short = {"fingerprint": manifest.fingerprint[:16], "made_from": origins or "nothing saved"}
+    show(facts, as_json, {**facts, **short})
 
 
 @app.command()
@@ -434,7 +438,7 @@ def _rules(
 ) -> Rules:
     from longretriever.retrieve.rules import Rules
 
-    items, categories = retriever.model.item_ids, retriever.model.category_ids
+    items, categories = retriever.model.items[ITEM].type, retriever.model.category_ids.values.type
     quotas = _pairs(quota, "--quota") or {}
     boosts = _pairs(boost, "--boost") or {}
     return Rules(
@@ -447,14 +451,14 @@ def _rules(
     )
 
 
-def _as_id(text: str, ids: Any) -> int | str:
+def _as_id(text: str, dtype: pa.DataType) -> int | str:
     """An id as the log has it: an integer where its ids are integers."""
-    if ids.are_integers:
-        try:
-            return int(text)
-        except ValueError:
-            return text
-    return text
+    if not pa.types.is_integer(dtype):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _pairs(texts: Sequence[str] | None, option: str) -> dict[str, str] | None:

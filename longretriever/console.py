@@ -52,7 +52,9 @@ def day(seconds: float) -> str:
 
 def show_retrieval(answer: Retrieval, most: int) -> None:
     """Print contexts and the first candidates, each with what spoke for it."""
-    contexts = Table(title=f"Contexts asked for user {answer.user_id}", title_justify="left", box=None)
+    contexts = Table(
+        title=f"Contexts asked for user {escape(str(answer.user_id))}", title_justify="left", box=None
+    )
     for name, justify in (
         ("category", "left"),
         ("share", "right"),
@@ -61,10 +63,15 @@ def show_retrieval(answer: Retrieval, most: int) -> None:
     ):
         contexts.add_column(name, justify=justify)  # type: ignore[arg-type]
     for c in answer.contexts:
-        contexts.add_row(str(c.category_id), f"{c.share:.1%}", f"{c.behaviors:,}", f"{c.candidates:,}")
+        contexts.add_row(
+            escape(str(c.category_id)), f"{c.share:.1%}", f"{c.behaviors:,}", f"{c.candidates:,}"
+        )
     out.print(contexts)
     if not len(answer):
-        out.print("No candidates: the user has no behaviors before this time in a category of the model.")
+        out.print(
+            "No candidates: the user has no behaviors before this time in a category of the model, "
+            "or the rules left none."
+        )
         return
     grid = Table(
         title=f"\nThe first {min(most, len(answer))} of {len(answer)} candidates",
@@ -85,7 +92,7 @@ def show_retrieval(answer: Retrieval, most: int) -> None:
         grid.add_row(
             str(found.rank),
             escape(_named(found.item_id, found.title)),
-            str(found.category_id),
+            escape(str(found.category_id)),
             f"{found.score:.2f}",
             f"{found.cosine:.2f}",
             escape(because),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -84,25 +85,45 @@ class Manifest:
 def writing(path: str | os.PathLike[str], kind: str) -> Iterator[Folder]:
     """Write a folder of this kind to `path`, replacing an older one only once the new one is complete.
 
-    On an error inside the block nothing is left behind and an older folder stays as it was.
+    On an error inside the block nothing is left behind and an older folder stays as it was. Of several
+    writers to one path, the last to finish stays. Raises `NotSaved` or `Mismatch` when something other than
+    an older folder of this kind is in the way, at the beginning or by the end.
     """
-    target = Path(path)
-    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
-        raise NotSaved(
-            f"{target} exists and holds no saved {kind} of longretriever, so it will not be overwritten. "
-            "Choose another path, or remove it."
-        )
+    target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+    check_replaceable(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = beside(target, "partial")
     partial.mkdir()
     try:
         folder = Folder(partial)
         yield folder
         _write_manifest(folder, kind)
+        check_replaceable(target, kind)
         _move_into_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def beside(target: Path, purpose: str) -> Path:
+    """A hidden path next to `target`, on the same disk, that no other writer uses."""
+    return target.with_name(f".{target.name}.{purpose}-{os.getpid()}-{uuid4().hex[:8]}")
+
+
+def check_replaceable(target: Path, kind: str) -> None:
+    """Only nothing, an empty folder and a saved folder of the same kind may be replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    found = _kind_said(target)
+    if found is None:
+        raise NotSaved(
+            f"{target} exists and holds no saved {kind} of longretriever, so it will not be overwritten. "
+            "Choose another path, or remove it."
+        )
+    if found != kind:
+        raise Mismatch(
+            f"{target} holds a saved {found}, so it will not be overwritten by a {kind}. "
+            "Choose another path, or remove it."
+        )
 
 
 def opening(path: str | os.PathLike[str], kind: str, verify: bool = False) -> Manifest:
@@ -126,37 +147,39 @@ def opening(path: str | os.PathLike[str], kind: str, verify: bool = False) -> Ma
         )
     try:
         raw = json.loads((folder / MANIFEST).read_text())
-        manifest = Manifest(
-            folder, raw["kind"], raw["facts"], raw["files"], raw["made_from"], raw["fingerprint"]
-        )
-        found_format = raw["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if raw["kind"] != kind:
+            raise Mismatch(
+                f"{folder} holds a saved {raw['kind']}, expected: {kind}. Pass the path of the {kind}."
+            )
+        if raw["format"] != FORMAT:
+            raise Mismatch(
+                f"{folder} has format {raw['format']}, this version reads format {FORMAT}. "
+                f"{_make_again(kind, folder)}"
+            )
+        manifest = Manifest(folder, kind, raw["facts"], raw["files"], raw["made_from"], raw["fingerprint"])
+        if _fingerprint(manifest.files) != manifest.fingerprint:
+            raise Damaged(f"{folder / MANIFEST}: altered by hand. {_make_again(kind, folder)}")
+        for name, facts in manifest.files.items():
+            _check_file(folder / name, facts, kind, folder, verify)
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, or not what a manifest holds
         raise Damaged(
             f"{folder / MANIFEST}: unreadable ({type(error).__name__}: {error}). {_make_again(kind, folder)}"
         ) from error
-    if manifest.kind != kind:
-        raise Mismatch(
-            f"{folder} holds a saved {manifest.kind}, expected: {kind}. Pass the path of the {kind}."
-        )
-    if found_format != FORMAT:
-        raise Mismatch(
-            f"{folder} has format {found_format}, this version reads format {FORMAT}. "
-            f"{_make_again(kind, folder)}"
-        )
-    for name, facts in manifest.files.items():
-        _check_file(folder / name, facts, kind, folder, verify)
-    if _fingerprint(manifest.files) != manifest.fingerprint:
-        raise Damaged(f"{folder / MANIFEST}: altered by hand. {_make_again(kind, folder)}")
     return manifest
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
     """What a folder says it is; "store" where it says nothing, so that `opening` can say what is wrong."""
+    return _kind_said(Path(path)) or "store"
+
+
+def _kind_said(folder: Path) -> str | None:
+    """The kind in the manifest; None where there is none of ours (other programs write manifests too)."""
     try:
-        kind = json.loads((Path(path) / MANIFEST).read_text())["kind"]
+        raw = json.loads((folder / MANIFEST).read_text())
+        return raw["kind"] if raw["kind"] in _MADE_BY and "fingerprint" in raw else None
     except (OSError, ValueError, KeyError, TypeError):
-        return "store"
-    return kind if kind in _MADE_BY else "store"
+        return None
 
 
 def _check_file(file: Path, facts: dict[str, Any], kind: str, folder: Path, verify: bool) -> None:
@@ -213,13 +236,16 @@ def sync(path: Path) -> None:
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(partial, target)
-    elif not _exchange(partial, target):  # without an atomic exchange there is a moment with neither
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
-        os.rename(target, old)
-        os.rename(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(partial, target)  # where there is nothing, or an empty folder
+    except OSError:
+        if not target.exists():
+            raise
+        if not _exchange(partial, target):  # without an atomic exchange there is a moment with neither
+            old = beside(target, "old")
+            os.rename(target, old)
+            os.rename(partial, target)
+            shutil.rmtree(old, ignore_errors=True)
     sync(target.parent)
 
 

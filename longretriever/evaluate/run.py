@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longretriever.errors import InputError, MissingExtra
+from longretriever.errors import InputError, Mismatch, MissingExtra
 from longretriever.evaluate.report import evaluate
 from longretriever.evaluate.rivals import Lists, Popular, PopularInContext, Recent, Recommender
 from longretriever.evaluate.split import Split, split
@@ -84,14 +84,18 @@ def evaluate_log(
 
     `events`, `items`, `users` and the options in `reading` are those of `ingest`. `minutes` bounds the
     training of each model. Our model asks the 20 contexts of highest Equation 3 unless `interests` says
-    otherwise: the same number as the rival "popular-in-context". Stores and model stay in `work` if it is
-    given. `said` is told what goes on, `trained` each step of training.
+    otherwise: the same number as the rival "popular-in-context". `seed` draws the requests, and trains unless
+    `config` has its own; `minutes` overrides those of `config`. Stores and model stay in `work` if it is
+    given, and a call of the same settings goes on from an unfinished training there. `said` is told what goes
+    on, `trained` each step of training.
 
     Raises `InputError` for an unknown model, `EventsError` for a log that cannot be read or cut.
     """
     strange = [name for name in models if name not in MODELS]
     if strange or not models:
         raise InputError(f"models {strange or list(models)}: expected some of {', '.join(MODELS)}.")
+    if min(k, default=0) < 1:  # before anything is trained
+        raise InputError(f"k is {list(k)}, expected at least one list length of 1 or more, such as 50.")
     say = said or (lambda _: None)
     reading = dict(reading or {})
     with nullcontext(str(work)) if work else tempfile.TemporaryDirectory(prefix="longretriever-") as folder:
@@ -134,7 +138,8 @@ def _only(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def _settings(config: TrainConfig | None, minutes: float | None, seed: int) -> TrainConfig:
     from longretriever.model.config import TrainConfig
 
-    return replace(config or TrainConfig(), minutes=minutes, seed=seed)
+    config = config or TrainConfig(seed=seed)
+    return config if minutes is None else replace(config, minutes=minutes)
 
 
 def _rival(name: str, full: Store, T: int) -> Recommender:
@@ -161,7 +166,10 @@ def _ours(
         raise MissingExtra(
             f"training needs PyTorch ({error}). Install it with `pip install 'longretriever[train]'`."
         ) from error
-    at = train(train_store, path, config, progress=trained, threads=threads)
+    try:
+        at = train(train_store, path, config, progress=trained, threads=threads)
+    except Mismatch:  # an unfinished training of other settings or another log: of no use here
+        at = train(train_store, path, config, progress=trained, threads=threads, fresh=True)
     index_model(path)
     retriever = Retriever.load(path, store=full.path, interests=interests, merge=merge)
     facts = {
@@ -185,7 +193,9 @@ def _side_tables(cut: Split, items: Any, users: Any, reading: Mapping[str, Any])
     tables = {}
     if items is not None:
         table = read_table(items, "items", reading.get("item_columns"))
-        table = table.filter(pc.is_in(table[ITEM], value_set=cut.item_ids))
+        item_id = table[ITEM].cast(cut.item_ids.type)  # 17 in a file of numbers may be "17" in the log
+        table = table.set_column(table.schema.get_field_index(ITEM), ITEM, item_id)
+        table = table.filter(pc.is_in(item_id, value_set=cut.item_ids))
         tables["items"] = table.drop_columns([c for c in (CATEGORY,) if c in table.column_names])
     if users is not None:
         tables["users"] = read_table(users, "users", reading.get("user_columns"))

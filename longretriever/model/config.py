@@ -16,7 +16,7 @@ class TrainConfig:
     dim: int = 64
     layers: int = 2
     heads: int = 2
-    dropout: float = 0.1
+    dropout: float = 0.25
     context_length: int = 50  # L: behaviors of a context that the user tower reads
     recent_length: int = 20  # behaviors of any category that it also looks at
     epochs: int = 6  # at most
@@ -26,7 +26,7 @@ class TrainConfig:
     lr: float = 2e-3
     row_lr: float = 0.05
     weight_decay: float = 0.01
-    step_samples: int | None = None  # None: to have some 300 steps in an epoch, at least 256, at most 4096
+    step_samples: int | None = None  # None: some 700 steps an epoch, of 256 to 4096 samples
     overlap: int = 8
     whole_category_up_to: int = 8192
     sampled_negatives: int = 2048
@@ -66,7 +66,7 @@ class TrainConfig:
             context_length=self.context_length,
             recent_length=self.recent_length,
             overlap=min(self.overlap, self.context_length),
-            samples=self.step_samples or min(4096, max(256, events // 300)),
+            samples=self.step_samples or min(4096, max(256, events // 700)),
             whole_category_up_to=self.whole_category_up_to,
             sampled_negatives=self.sampled_negatives,
         )

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from longretriever.errors import InputError, Mismatch
-from longretriever.events import CATEGORY, ITEM, USER
+from longretriever.errors import InputError, Mismatch, NotSaved
+from longretriever.events import CATEGORY, ITEM, LATEST, USER
 from longretriever.index import ExactIndex, Index, build
 from longretriever.model.exported import Model, Request
 from longretriever.retrieve.interests import Interests, RandomInTop
@@ -27,7 +27,7 @@ from longretriever.retrieve.merge import Merge, Ranked, probability
 from longretriever.retrieve.numbers import Numbers
 from longretriever.retrieve.retrieval import Asked, Retrieval
 from longretriever.retrieve.rules import Ruled, Rules
-from longretriever.saved import sync
+from longretriever.saved import beside, sync
 from longretriever.store.behaviors import Behaviors, Life, Store
 
 BATCH = 64  # users that share one call of the user tower and of the index
@@ -69,7 +69,7 @@ class Retriever:
         Raises a `SavedError` when a folder is absent, damaged, or the index is not of this model.
         """
         model = Model.open(path, verify, threads)
-        behaviors = Store.open(store or model.manifest.facts["store_path"], verify)
+        behaviors = Store.open(store, verify) if store else _trained_on(model, verify)
         if exact:
             vectors = model.item_vectors(slice(None))
             return cls(
@@ -102,8 +102,13 @@ class Retriever:
 
         Raises `UnknownUser`, `UnknownCategory`, `InputError`.
         """
-        life = self.store.life(self.store.user_number(user_id), now)
+        life = self._life(user_id, now)
         return self.answer([life], k, rng=rng, interests=interests, merge=merge, rules=rules)[0]
+
+    def _life(self, user_id: int | str, now: float | None) -> Life:
+        if now is not None and not now < LATEST:  # so written, NaN is wrong too
+            raise InputError(f"now={now}: expected seconds since 1970, before the year 2100 (milliseconds?).")
+        return self.store.life(self.store.user_number(user_id), now)
 
     def answer(
         self,
@@ -123,7 +128,7 @@ class Retriever:
         shares: list[float] = []
         rows: list[tuple[Request, Behaviors]] = []
         for i, life in enumerate(lives):
-            draw = np.random.default_rng([rng, life.user]) if isinstance(rng, int) else rng
+            draw = rng if isinstance(rng, np.random.Generator) else np.random.default_rng([rng, life.user])
             chosen = self._numbers.contexts((interests or self.interests)(life, draw))
             contexts = ruled.contexts(chosen)
             rows += self._requests(life, [category for category, _ in contexts])
@@ -163,7 +168,9 @@ class Retriever:
         largest = int(np.diff(self.model.category_start)[context_N].max())
         fetch = max(1, min(k + max(map(len, unwanted)), largest))
         item_Nk, cosine_Nk = self.index.search(user_ND, context_N, fetch)
-        normaliser_N = self.index.log_normaliser(user_ND, context_N, self.model.scale, item_Nk, cosine_Nk)
+        # By the first k alone: what others of the call have fetched must not change a user's answer.
+        head_Nk = item_Nk[:, :k], cosine_Nk[:, :k]
+        normaliser_N = self.index.log_normaliser(user_ND, context_N, self.model.scale, *head_Nk)
         answers = []
         for i, row in enumerate(rows):
             keep = item_Nk[i] >= 0
@@ -202,7 +209,7 @@ class Retriever:
         pending: list[Life] = []
         done = 0
         for user_id in user_ids:
-            pending.append(self.store.life(self.store.user_number(user_id), now))
+            pending.append(self._life(user_id, now))
             if len(pending) == BATCH:
                 yield from self.answer(pending, k, rng=seed, rules=rules)
                 done, pending = done + len(pending), []
@@ -229,7 +236,7 @@ class Retriever:
         Returns the number of rows. The file appears only when it is complete.
         """
         target = Path(out)
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        partial = beside(target, "partial")
         schema = pa.schema(
             [
                 (USER, self.store.user_ids.values.type),
@@ -277,6 +284,16 @@ class Retriever:
     def store_items(self, items: np.ndarray) -> np.ndarray:
         """The store's numbers of item numbers of the model, -1 where the store has no such item."""
         return self._numbers.item_of_model[items]
+
+
+def _trained_on(model: Model, verify: bool) -> Store:
+    try:
+        return Store.open(model.manifest.facts["store_path"], verify)
+    except NotSaved as error:
+        raise NotSaved(
+            f"{model.path} was trained on a store that is not there any more ({error}) "
+            "Pass another store of the same log: --store (store=)."
+        ) from error
 
 
 def index_model(

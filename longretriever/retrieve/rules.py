@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longretriever.errors import UnknownCategory
+from longretriever.errors import InputError, UnknownCategory
 from longretriever.model.exported import Model
 from longretriever.retrieve.interests import Contexts
 from longretriever.retrieve.merge import Ranked, boosted, capped
@@ -15,7 +15,11 @@ from longretriever.retrieve.merge import Ranked, boosted, capped
 
 @dataclass(frozen=True)
 class Rules:
-    """What a request may demand beyond the user's taste; ids are the log's own."""
+    """What a request may demand beyond the user's taste; ids are the log's own.
+
+    A category that is both included and excluded is left out. Items that the model does not know are nothing
+    to exclude; a category that it does not know is an error, `UnknownCategory`, when the rules are used.
+    """
 
     exclude_seen: bool = False  # items that the user met before `now`
     exclude_items: Collection[int | str] = ()
@@ -23,6 +27,17 @@ class Rules:
     include_categories: Collection[int | str] = ()  # asked about in any case, after those chosen
     quotas: Mapping[int | str, int] | None = None  # at most so many candidates of a category
     boosts: Mapping[int | str, float] | None = None  # factor on a category's share, see `merge`
+
+    def __post_init__(self) -> None:
+        for category, most in (self.quotas or {}).items():
+            if most < 0:
+                raise InputError(f"the quota of category {category!r} is {most}, expected 0 or more items.")
+        for category, boost in (self.boosts or {}).items():
+            if not 0 < boost < np.inf:
+                raise InputError(
+                    f"the boost of category {category!r} is {boost}, expected more than 0. "
+                    "To leave a category out, exclude it."
+                )
 
 
 class Ruled:
@@ -36,7 +51,7 @@ class Ruled:
             )
         )
         self.excluded = {_category(model, c) for c in rules.exclude_categories}
-        self.included = [_category(model, c) for c in rules.include_categories]
+        self.included = dict.fromkeys(_category(model, c) for c in rules.include_categories)
         self.quotas = {_category(model, c): n for c, n in (rules.quotas or {}).items()}
         self.boosts = {_category(model, c): x for c, x in (rules.boosts or {}).items()}
 
@@ -47,10 +62,9 @@ class Ruled:
             for c, s in zip(chosen.category, chosen.share, strict=True)
             if c not in self.excluded
         ]
-        present = {c for c, _ in out}
-        least = min(
-            (s for _, s in out), default=1.0
-        )  # one that was not chosen is wanted no more than the last
+        present = {c for c, _ in out} | self.excluded
+        # One that was not chosen is wanted no more than the last that was.
+        least = min((s for _, s in out), default=1.0)
         return out + [(c, least) for c in self.included if c not in present]
 
     def lists(self, lists: Sequence[Ranked]) -> Sequence[Ranked]:

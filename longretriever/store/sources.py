@@ -61,6 +61,7 @@ _RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # `user_id:token` of an a
 _WHOLE = r"^(0|-?[1-9][0-9]{0,17})(\.0*)?$"
 _NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 _UTC = "timestamp('UTC')"  # a cast to it heeds "+02:00", one to a plain timestamp would not
+_LONGEST_HEADER = 1 << 20  # bytes: a file that is no text may have no end of line
 _names = (f"longretriever_{n}" for n in itertools.count())
 
 
@@ -112,9 +113,12 @@ def engine(work: Path, memory_limit: str | None, threads: int | None) -> Iterato
             f"{memory_limit or 'the memory of this machine'} is too little for this log "
             f"({_first_line(error)}). Pass --memory-limit with more, or --threads with fewer."
         ) from error
-    except (duckdb.OperationalError, duckdb.DataError, duckdb.InvalidInputException) as error:
+    except (duckdb.BinderException, duckdb.ParserException, duckdb.CatalogException):
+        raise  # a fault of ours
+    except duckdb.Error as error:
         raise EventsError(
-            f"the input cannot be read ({_first_line(error)}). Restore that file, or leave it out."
+            f"the input cannot be read or sorted ({_first_line(error)}). "
+            "Restore a damaged file, or leave it out; if the disk is full, make room beside the output."
         ) from error
     finally:
         con.disconnect()
@@ -252,12 +256,8 @@ def _part_of_parquet(con: Any, files: list[Path], role: str, mapping: Mapping[st
 def _header(file: Path) -> tuple[str, ...]:
     """The delimiter and the column names: the delimiter is what the first line has most of."""
     try:
-        with (
-            gzip.open(file, "rt", encoding="utf-8-sig")
-            if _is_gzip(file)
-            else file.open(encoding="utf-8-sig") as stream
-        ):
-            line = stream.readline().rstrip("\r\n")
+        with gzip.open(file) if _is_gzip(file) else file.open("rb") as stream:
+            line = stream.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise EventsError(f"{file}: neither Parquet nor UTF-8 text ({error}).") from error
     if not line:

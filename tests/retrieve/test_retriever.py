@@ -1,0 +1,681 @@
+"""A request's answer is what a slow, obvious program would say; and every promise of the page in docs/."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longretriever import retrieve
+from longretriever.errors import (
+    Damaged,
+    InputError,
+    Mismatch,
+    NotSaved,
+    UnknownCategory,
+    UnknownUser,
+)
+from longretriever.index import Index, build
+from longretriever.model.config import TrainConfig
+from longretriever.model.exported import Model, Request
+from longretriever.model.train import train
+from longretriever.retrieve.interests import Contexts, RandomInTop, Top
+from longretriever.retrieve.merge import Merged, round_robin
+from longretriever.retrieve.retrieval import REASONS, Retrieval
+from longretriever.retrieve.retriever import Retriever, index_model
+from longretriever.retrieve.rules import Rules
+from longretriever.store.behaviors import Behaviors, Store
+from longretriever.store.ingest import ingest
+from tests.worlds import DAY, START, stored, table
+
+TINY = TrainConfig(dim=16, heads=2, context_length=6, recent_length=4, overlap=2, step_samples=200, epochs=2)
+USERS, CATEGORIES, ITEMS = 30, 3, 40  # items of each category
+CUT = START + 60 * DAY
+GENDERS = ("f", "m", "x")
+
+
+@dataclass(frozen=True)
+class Event:
+    user: Any
+    item: Any
+    category: Any
+    time: int
+    kind: str
+
+
+def some_events(seed: int, users: range, start: int, days: int, n: int) -> list[Event]:
+    """Many equal times, items met again and again; no item twice at one time by one user."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for _ in range(n):
+        user = int(rng.integers(users.start, users.stop))
+        item = int(rng.integers(0, 8) ** 2 * 2 + rng.integers(0, 5)) + 1000
+        time = start + int(rng.integers(0, days * 4)) * DAY // 4
+        kind = ("buy", "click")[rng.integers(0, 2)]
+        found[user, item, time] = Event(user, item, item % CATEGORIES * 10, time, kind)
+    return list(found.values())
+
+
+def logged(events: list[Event], path: Path, text: bool = False) -> Store:
+    """A store of these events, with titles and genders; `text` makes strings of the ids."""
+    as_id = _as_text if text else int
+    log = table(*zip(*[(e.user, e.item, e.category, e.time, e.kind) for e in events], strict=True))
+    users = sorted({e.user for e in events})
+    items = sorted({(e.item, e.category) for e in events})
+    columns = {
+        name: [as_id(x) for x in log[name].to_pylist()] for name in ("user_id", "item_id", "category_id")
+    }
+    ingest(
+        pa.table({**dict(zip(log.column_names, log.columns, strict=True)), **columns}),
+        path,
+        users=pa.table({"user_id": [as_id(u) for u in users], "gender": [gender(u) for u in users]}),
+        items=pa.table({"item_id": [as_id(i) for i, _ in items], "title": [f"thing {i}" for i, _ in items]}),
+    )
+    return Store.open(path)
+
+
+def _as_text(number: int) -> str:
+    return f"[id {number:05d}]"
+
+
+def gender(user: int) -> str:
+    return GENDERS[user % 3] if user >= 0 else "a"  # newer users bring a value that sorts before the others
+
+
+OLD = some_events(1, range(USERS), START, 100, 1500)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("retriever")
+    train(logged(OLD, path / "store"), path / "model", TINY)
+    index_model(path / "model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def retriever(folder) -> Retriever:
+    return Retriever.load(folder / "model", interests=Top(3))
+
+
+@pytest.fixture(scope="module")
+def exact(folder) -> Retriever:
+    return Retriever.load(folder / "model", interests=Top(3), exact=True)
+
+
+# -- the slow, obvious program: lists of events and ids, no store, no index
+
+
+def life(events: list[Event], user: Any, now: float) -> list[Event]:
+    mine = [e for e in events if e.user == user and e.time < now]
+    return sorted(mine, key=lambda e: (e.time, e.category, e.item))
+
+
+def shares(events: list[Event], now: float) -> dict[Any, float]:
+    """Equation 3, each category's part of the whole, the largest first."""
+    score: dict[Any, float] = defaultdict(float)
+    for e in events:
+        score[e.category] += 1 / (max(now - e.time, 3600) / DAY)
+    total = sum(score.values())
+    return {c: score[c] / total for c in sorted(score, key=lambda c: (-score[c], c))}
+
+
+def in_numbers(model: Model, events: list[Event]) -> Behaviors:
+    items, categories = model.items["item_id"].to_pylist(), model.category_ids.values.to_pylist()
+    return Behaviors(
+        np.array([items.index(e.item) if e.item in items else -1 for e in events], np.int64),
+        np.array([categories.index(e.category) for e in events], np.int64),
+        np.array([e.time for e in events], np.int64),
+        np.array(
+            [model.behaviors.index(e.kind) if e.kind in model.behaviors else 0 for e in events], np.int64
+        ),
+    )
+
+
+def user_vector(model: Model, mine: list[Event], category: Any, user: Any) -> np.ndarray:
+    categories = model.category_ids.values.to_pylist()
+    context = [e for e in mine if e.category == category][-model.context_length :]
+    recent = [e for e in mine[-model.recent_length :] if e.category in categories]
+    (field,) = model.profile_fields
+    code = field.values.index(gender(user)) + 1 if gender(user) in field.values else 0
+    request = Request(
+        categories.index(category), in_numbers(model, context), in_numbers(model, recent), np.array([code])
+    )
+    return model.user_vectors([request])[0]
+
+
+def obvious(model: Model, events: list[Event], user: Any, now: float, contexts: int = 3) -> list[dict]:
+    """All candidates, the best first: item, score, cosine, log_prob."""
+    mine = life(events, user, now)
+    vectors = model.item_vectors(slice(None))
+    items, categories = model.items["item_id"].to_pylist(), model.category_ids.values.to_pylist()
+    found = []
+    for category, share in list(shares(mine, now).items())[:contexts]:
+        if category not in categories:
+            continue
+        first, stop = model.category_start[categories.index(category) :][:2]
+        cosine = vectors[first:stop].astype(np.float64) @ user_vector(model, mine, category, user)
+        log_prob = model.scale * cosine - np.log(np.exp(model.scale * cosine).sum())
+        found += [
+            {"item_id": i, "score": math.log(share) + p, "cosine": c, "log_prob": p, "category_id": category}
+            for i, c, p in zip(items[first:stop], cosine, log_prob, strict=True)
+        ]
+    return sorted(found, key=lambda candidate: -candidate["score"])
+
+
+def same(answer: Retrieval, wanted: list[dict], precision: float) -> None:
+    assert answer.item_ids == [w["item_id"] for w in wanted]
+    assert answer.category_ids == [w["category_id"] for w in wanted]
+    for name in ("score", "cosine", "log_prob"):
+        found = [getattr(c, name) for c in answer.candidates]
+        assert found == pytest.approx([w[name] for w in wanted], abs=precision)
+
+
+@pytest.mark.parametrize("user", range(0, USERS, 5))
+@pytest.mark.parametrize("now", [None, CUT, START + DAY // 4])
+def test_it_says_what_the_obvious_program_says(exact, user, now):
+    answer = exact.retrieve(user, k=50, now=now)
+    at = now or max(e.time for e in OLD) + 1
+    assert answer.now == at
+    assert answer.user_id == user
+    same(answer, obvious(exact.model, OLD, user, at)[:50], 1e-4)
+    of_all = shares(life(OLD, user, at), at)
+    assert [c.category_id for c in answer.contexts] == list(of_all)[:3]
+    assert [c.share for c in answer.contexts] == pytest.approx(list(of_all.values())[:3])
+    behaviors = [min(TINY.context_length, sum(e.category == c for e in life(OLD, user, at))) for c in of_all]
+    assert [c.behaviors for c in answer.contexts] == behaviors
+    assert sum(c.candidates for c in answer.contexts) == len(answer)
+
+
+def test_the_index_says_what_the_scan_says(retriever, exact):
+    for user in range(USERS):
+        found, wanted = (r.retrieve(user, k=1000).candidates for r in (retriever, exact))
+        by_item = {c.item_id: c for c in found}
+        assert by_item.keys() == {c.item_id for c in wanted}
+        for c in wanted:
+            assert by_item[c.item_id].score == pytest.approx(c.score, abs=0.02)
+            assert by_item[c.item_id].cosine == pytest.approx(c.cosine, abs=0.001)
+
+
+def test_ranks_and_titles(retriever):
+    candidates = retriever.retrieve(3, k=20).candidates
+    assert [c.rank for c in candidates] == list(range(1, 21))
+    assert [c.title for c in candidates] == [f"thing {c.item_id}" for c in candidates]
+    score = [c.score for c in candidates]
+    assert score == sorted(score, reverse=True)
+
+
+# -- reasons
+
+
+def test_reasons_are_the_likest_behaviors_of_the_context(retriever):
+    model, ids = retriever.model, retriever.model.items["item_id"].to_pylist()
+    for user in range(0, USERS, 4):
+        mine = life(OLD, user, CUT)
+        for candidate in retriever.retrieve(user, k=60, now=CUT).candidates[::7]:
+            context = [e for e in mine if e.category == candidate.category_id][-TINY.context_length :]
+            last = {e.item: e for e in context}  # of an item met several times, the last time
+            vector = model.item_vectors(np.array([ids.index(candidate.item_id)]))[0]
+            like = {i: float(model.item_vectors(np.array([ids.index(i)]))[0] @ vector) for i in last}
+            best = sorted(like.values(), reverse=True)[:REASONS]
+            assert [r.similarity for r in candidate.reasons] == pytest.approx(best, abs=1e-5)
+            assert len({r.item_id for r in candidate.reasons}) == len(candidate.reasons)
+            for r in candidate.reasons:
+                spoke = last[r.item_id]
+                assert (r.timestamp, r.behavior, r.title) == (spoke.time, spoke.kind, f"thing {r.item_id}")
+                assert r.similarity == pytest.approx(like[r.item_id], abs=1e-5)
+
+
+def test_where_the_context_is_silent_the_recent_behaviors_speak(tmp_path):
+    """A user who never met category 20 is asked about it: no behavior there, so the latest of any speak."""
+    events = [e for e in OLD if e.user != 0 or e.category != 20]
+    train(logged(events, tmp_path / "store"), tmp_path / "model", TINY)
+    r = Retriever.load(tmp_path / "model", exact=True, interests=Top(1))
+    answer = r.retrieve(0, k=500, rules=Rules(include_categories=[20]))
+    assert [(c.category_id, c.behaviors) for c in answer.contexts][1] == (20, 0)
+    assert answer.contexts[1].share == answer.contexts[0].share, "wanted no more than the last one chosen"
+    recent = {e.item for e in life(events, 0, answer.now)[-TINY.recent_length :]}
+    for c in answer.candidates:
+        if c.category_id == 20:
+            assert c.reasons
+            assert {reason.item_id for reason in c.reasons} <= recent
+
+
+# -- time
+
+
+@pytest.fixture(scope="module")
+def rewritten(folder) -> Retriever:
+    """The same model; from CUT on, everything in the store is different, or absent."""
+    later = [e for e in some_events(9, range(USERS), CUT, 40, 900) if e.user % 4]
+    every = [e for e in OLD if e.time < CUT]
+    known = {e.item for e in OLD}
+    store = logged(every + [e for e in later if e.item in known], folder / "rewritten")
+    return Retriever.load(folder / "model", store=store.path, interests=RandomInTop(2, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    user=st.integers(0, USERS - 1),
+    now=st.sampled_from(sorted({e.time for e in OLD if e.time <= CUT} | {CUT})) | st.floats(START - DAY, CUT),
+    seed=st.integers(0, 5),
+)
+def test_nothing_at_or_after_now_counts(retriever, rewritten, user, now, seed):
+    a = retriever.retrieve(user, 30, now=now, rng=seed, interests=rewritten.interests)
+    b = rewritten.retrieve(user, 30, now=now, rng=seed)
+    assert a.as_dict() == b.as_dict()
+
+
+def test_what_happens_after_the_cut_counts_after_it(retriever, rewritten):
+    """Else the test above could not fail."""
+    differs = [
+        retriever.retrieve(u, 30, now=CUT + DAY, interests=Top(3)).as_dict()
+        != rewritten.retrieve(u, 30, now=CUT + DAY, interests=Top(3)).as_dict()
+        for u in range(USERS)
+    ]
+    assert np.mean(differs) > 0.5
+
+
+@pytest.mark.parametrize("now", [math.nan, math.inf, 1_700_000_000_000])
+def test_a_now_that_is_no_time_in_seconds(retriever, now):
+    with pytest.raises(InputError, match=r"now=.*: expected seconds since 1970.*milliseconds"):
+        retriever.retrieve(1, now=now)
+    with pytest.raises(InputError, match="expected seconds"):
+        list(retriever.retrieve_many([1], now=now))
+
+
+def test_nobody_yet(retriever):
+    answer = retriever.retrieve(1, now=START - 1)
+    assert len(answer) == 0
+    assert answer.candidates == answer.contexts == answer.item_ids == answer.category_ids == []
+    assert answer.as_dict()["candidates"] == []
+
+
+def test_include_asks_even_for_a_user_without_behaviors(retriever):
+    answer = retriever.retrieve(1, 5, now=START - 1, rules=Rules(include_categories=[10]))
+    assert [(c.category_id, c.share, c.behaviors, c.candidates) for c in answer.contexts] == [(10, 1.0, 0, 5)]
+    assert all(c.reasons == () for c in answer.candidates)
+
+
+# -- chance
+
+
+def test_a_seed_repeats_a_draw_and_other_seeds_draw_others(retriever):
+    def drawn(rng: Any) -> tuple:
+        answer = retriever.retrieve(5, 10, rng=rng, interests=RandomInTop(1, 3))
+        return (*[c.category_id for c in answer.contexts], *answer.item_ids)
+
+    assert drawn(3) == drawn(3) == drawn(np.int64(3))
+    assert len({drawn(seed) for seed in range(20)}) == 3
+    rng = np.random.default_rng(0)
+    assert len({drawn(rng) for _ in range(20)}) == 3, "a generator goes on"
+    assert drawn(np.random.default_rng(7)) == drawn(np.random.default_rng(7))
+
+
+def test_one_seed_draws_differently_for_different_users(retriever):
+    chosen = [
+        retriever.retrieve(u, 1, rng=0, interests=RandomInTop(1, 3)).contexts[0].share
+        == max(c.share for c in retriever.retrieve(u, 1, rng=0).contexts)
+        for u in range(USERS)
+    ]
+    assert 0 < np.mean(chosen) < 0.8
+
+
+# -- several at once
+
+
+def alike(a: Retrieval, b: Retrieval) -> None:
+    assert a.user_id == b.user_id
+    assert [c.category_id for c in a.contexts] == [c.category_id for c in b.contexts]
+    assert sorted(a.item_ids) == sorted(b.item_ids)
+    assert a.score == pytest.approx(b.score, abs=1e-4)
+    assert [c.reasons for c in a.candidates[:1]] == [c.reasons for c in b.candidates[:1]]
+
+
+@pytest.fixture(scope="module")
+def sampling(folder) -> Retriever:
+    """With an index that takes categories of more than 8 items for large, whose sums are estimates."""
+    model = Model.open(folder / "model")
+    vectors = model.item_vectors(slice(None))
+    build(
+        vectors, model.category_start, folder / "sampling", made_from={"model": model.fingerprint}, sample=1
+    )
+    return Retriever.load(folder / "model", index=folder / "sampling", interests=RandomInTop(2, 3))
+
+
+@pytest.mark.parametrize(
+    "rules", [Rules(), Rules(exclude_seen=True, exclude_items=[1000, 1003])], ids=["", "rules"]
+)
+def test_many_at_once_equal_one_call_each(sampling, monkeypatch, rules):
+    monkeypatch.setattr(retrieve.retriever, "BATCH", 7)
+    users = [*range(USERS), 3, 3]
+    done: list[int] = []
+    many = list(sampling.retrieve_many(users, 5, seed=4, rules=rules, progress=done.append))
+    assert done == [7, 14, 21, 28, 32]
+    at_once = sampling.answer([sampling.store.life(u) for u in users], 5, rng=4, rules=rules)
+    for user, a, b in zip(users, many, at_once, strict=True):
+        alone = sampling.retrieve(user, 5, rng=4, rules=rules)
+        alike(a, alone)
+        alike(b, alone)
+
+
+def test_lives_of_different_moments_in_one_call(retriever):
+    lives = [retriever.store.life(u, now) for u, now in ((1, CUT), (1, START - 1), (2, None), (1, CUT + DAY))]
+    for one, answer in zip(lives, retriever.answer(lives, 10), strict=True):
+        alike(answer, retriever.retrieve(one.user, 10, now=one.now))
+    assert retriever.answer([], 10) == []
+
+
+# -- rules
+
+
+def test_exclude_seen(retriever):
+    for user in range(0, USERS, 5):
+        met = {e.item for e in life(OLD, user, CUT)}
+        every, unseen = (
+            retriever.retrieve(user, 1000, now=CUT, rules=Rules(exclude_seen=new)).item_ids
+            for new in (False, True)
+        )
+        assert met & set(every)
+        assert sorted(unseen) == sorted(set(every) - met)
+        few = retriever.retrieve(user, 4, now=CUT, rules=Rules(exclude_seen=True)).item_ids
+        assert few == unseen[:4], "those left out must make place for others"
+
+
+def test_exclude_items(retriever):
+    every = retriever.retrieve(2, 1000).item_ids
+    unwanted = [*every[:3], 999_999, "no such id"]
+    assert retriever.retrieve(2, 1000, rules=Rules(exclude_items=unwanted)).item_ids == every[3:]
+
+
+def test_exclude_categories(retriever):
+    first = retriever.retrieve(2).contexts[0].category_id
+    answer = retriever.retrieve(2, 1000, rules=Rules(exclude_categories=[first]))
+    assert first not in answer.category_ids
+    assert len(answer.contexts) == 2
+
+
+def test_include_categories(retriever):
+    chosen = retriever.retrieve(2, interests=Top(1)).contexts[0].category_id
+    others = [c for c in (0, 10, 20) if c != chosen]
+    answer = retriever.retrieve(
+        2, 1000, interests=Top(1), rules=Rules(include_categories=[*others, chosen, *others])
+    )
+    assert [c.category_id for c in answer.contexts] == [chosen, *others]
+    assert all(c.behaviors > 0 for c in answer.contexts), "asked with the user's behaviors there"
+    both = Rules(include_categories=others, exclude_categories=others[:1])
+    answer = retriever.retrieve(2, interests=Top(1), rules=both)
+    assert [c.category_id for c in answer.contexts] == [chosen, others[1]]
+
+
+def test_quotas(retriever):
+    free = retriever.retrieve(2, 20)
+    category = free.category_ids[0]
+    answer = retriever.retrieve(2, 20, rules=Rules(quotas={category: 2}))
+    assert answer.category_ids.count(category) == 2
+    assert len(answer) == 20, "the places go to the other contexts"
+    assert [c.item_id for c in free.candidates if c.category_id == category][:2] == [
+        c.item_id for c in answer.candidates if c.category_id == category
+    ]
+    assert category not in retriever.retrieve(2, 20, rules=Rules(quotas={category: 0})).category_ids
+
+
+def test_boosts(retriever):
+    plain = retriever.retrieve(2, 1000)
+    category = plain.contexts[-1].category_id
+    boosted = {
+        c.item_id: c.score for c in retriever.retrieve(2, 1000, rules=Rules(boosts={category: 8})).candidates
+    }
+    for c in plain.candidates:
+        change = math.log(8) if c.category_id == category else 0
+        assert boosted[c.item_id] == pytest.approx(c.score + change)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"quotas": {10: -1}}, r"quota of category 10 is -1, expected 0 or more"),
+        ({"boosts": {10: 0}}, r"boost of category 10 is 0, expected more than 0\. .*exclude it"),
+        ({"boosts": {"x": math.nan}}, r"boost of category 'x' is nan"),
+    ],
+)
+def test_rules_that_cannot_be(rules, message):
+    with pytest.raises(InputError, match=message):
+        Rules(**rules)
+
+
+@pytest.mark.parametrize("rule", ["exclude_categories", "include_categories", "quotas", "boosts"])
+def test_categories_that_the_model_does_not_know(retriever, rule):
+    value = {77: 1} if rule in ("quotas", "boosts") else [77]
+    with pytest.raises(
+        UnknownCategory, match=r"category 77 is not among the 3 categories of .*model .*such as 0"
+    ):
+        retriever.retrieve(1, rules=Rules(**{rule: value}))
+    with pytest.raises(UnknownCategory, match=r"category '10' is not among"):
+        retriever.retrieve(1, rules=Rules(include_categories=["10"]))
+
+
+# -- k and users
+
+
+def test_a_k_beyond_the_catalogue_gives_all_there_is(retriever):
+    answer = retriever.retrieve(1, 10**9)
+    asked = {c.category_id for c in answer.contexts}
+    assert sorted(answer.item_ids) == sorted({e.item for e in OLD if e.category in asked})
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_k_that_is_none(retriever, k):
+    with pytest.raises(InputError, match=rf"k={k}, expected at least 1"):
+        retriever.retrieve(1, k)
+
+
+def test_unknown_users(retriever):
+    for user in (12345, "1", True):
+        with pytest.raises(
+            UnknownUser, match=rf"user {user!r} is not among the 30 users .* integers, such as 0"
+        ):
+            retriever.retrieve(user)
+
+
+# -- interests and merges of one's own
+
+
+def test_a_lambda_can_choose_the_contexts(retriever):
+    latest = lambda life, rng: Contexts(life.recent(1).category, np.ones(len(life.recent(1).category)))  # noqa: E731
+    answer = retriever.retrieve(4, 10, interests=latest)
+    assert {c.category_id for c in answer.contexts} == {life(OLD, 4, answer.now)[-1].category}
+    assert len(retriever.retrieve(4, 10, now=START - 1, interests=latest)) == 0
+
+
+def test_a_function_can_merge(retriever):
+    def worst_first(lists: Any, k: int) -> Merged:
+        merged = round_robin(lists, k)
+        return Merged(*(column[::-1] for column in merged))
+
+    usual, turned = retriever.retrieve(4, 9, merge=round_robin), retriever.retrieve(4, 9, merge=worst_first)
+    assert turned.item_ids == usual.item_ids[::-1]
+    assert [c.cosine for c in turned.candidates] == [c.cosine for c in usual.candidates][::-1]
+    mine = Retriever(retriever.model, retriever.index, retriever.store, interests=Top(3), merge=worst_first)
+    assert mine.retrieve(4, 9).item_ids == turned.item_ids
+
+
+# -- a store newer than the model
+
+NEWER = [
+    *OLD,
+    *some_events(2, range(-4, 6), START + 100 * DAY, 20, 300),  # new users, numbered before the old ones
+    *[Event(u, 5 + c, c, START + 121 * DAY + u, "click") for u in range(-2, 9) for c in (0, 10, -7)],
+    *[Event(u, 1007, 10, START + 122 * DAY, "a wish") for u in range(3)],  # a new kind, that sorts first
+]
+
+
+@pytest.fixture(scope="module")
+def newer(folder) -> Retriever:
+    """New users, new items of categories 0 and 10, a new category -7, new kinds and profile values."""
+    store = logged(NEWER, folder / "newer")
+    return Retriever.load(folder / "model", store=store.path, exact=True, interests=Top(3))
+
+
+def test_numbers_have_moved(newer, exact):
+    assert newer.store.category_ids.take([0]) == [-7]
+    assert newer.store.user_number(0) != exact.store.user_number(0)
+    assert newer.store.item_number(1001) != exact.store.item_number(1001)
+    assert newer.store.behaviors[0] != exact.store.behaviors[0]
+
+
+def test_old_lives_get_old_answers(newer, exact):
+    for user in range(USERS):
+        before, after = (r.retrieve(user, 40, now=START + 100 * DAY).as_dict() for r in (exact, newer))
+        assert before == after
+
+
+@pytest.mark.parametrize("user", [-4, -2, -1, 0, 2, 5, 8, 20])
+def test_new_users_items_and_categories(newer, user):
+    answer = newer.retrieve(user, 60)
+    same(answer, obvious(newer.model, NEWER, user, answer.now)[:60], 1e-4)
+    assert -7 not in [c.category_id for c in answer.contexts]
+    assert not {5, 15, -2} & set(answer.item_ids), "the model has no vectors of items that it has not seen"
+
+
+def test_new_items_are_among_the_reasons(newer):
+    answer = newer.retrieve(7, 60)
+    reasons = {r.item_id: r.title for c in answer.candidates for r in c.reasons}
+    assert {5, 15} & reasons.keys()
+    assert all(title == f"thing {item_id}" for item_id, title in reasons.items())
+
+
+def test_excluding_what_only_the_store_knows(newer):
+    answer = newer.retrieve(2, 1000, rules=Rules(exclude_seen=True, exclude_items=[5]))
+    assert not {e.item for e in life(NEWER, 2, answer.now)} & set(answer.item_ids)
+
+
+def test_a_category_that_the_store_does_not_have_can_be_included(folder):
+    store = logged([e for e in OLD if e.category != 10], folder / "narrow")
+    r = Retriever.load(folder / "model", store=store.path, interests=Top(1))
+    answer = r.retrieve(3, 1000, rules=Rules(include_categories=[10]))
+    assert answer.category_ids.count(10) == len({e.item for e in OLD if e.category == 10})
+    assert r.store_categories(answer.asked_categories)[1] == -1
+    assert r.store_items(answer.item[[i for i, c in enumerate(answer.category_ids) if c == 10]]).max() == -1
+
+
+def test_ids_of_another_type(folder):
+    store = logged(OLD, folder / "text ids", text=True)
+    with pytest.raises(Mismatch, match=r"the store's ids are large_string, the model's int64.*same type"):
+        Retriever.load(folder / "model", store=store.path)
+
+
+def test_string_ids(folder, tmp_path, exact):
+    """The same log with strings as ids that sort alike gives the same answers."""
+    train(logged(OLD, tmp_path / "store", text=True), tmp_path / "model", TINY)
+    r = Retriever.load(tmp_path / "model", exact=True, interests=Top(3))
+    rules = Rules(exclude_items=[_as_text(1000)], exclude_seen=True, quotas={_as_text(10): 3})
+    numbers = Rules(exclude_items=[1000], exclude_seen=True, quotas={10: 3})
+    for user in (0, 17):
+        a, b = r.retrieve(_as_text(user), 30, rules=rules), exact.retrieve(user, 30, rules=numbers)
+        assert a.user_id == _as_text(user)
+        assert a.item_ids == [_as_text(i) for i in b.item_ids]
+        assert a.score == pytest.approx(b.score, abs=1e-4)
+    with pytest.raises(UnknownUser, match=r"user 3 is not among .* strings, such as '\[id 00000\]'"):
+        r.retrieve(3)
+
+
+def test_a_log_without_kinds_titles_or_profiles(tmp_path):
+    log = table(*zip(*[(e.user, e.item, e.category, e.time) for e in OLD[:400]], strict=True))
+    train(stored(log, tmp_path / "store"), tmp_path / "model", TINY)
+    r = Retriever.load(tmp_path / "model", exact=True)
+    candidate = r.retrieve(int(OLD[0].user), 3).candidates[0]
+    assert candidate.title is None
+    assert candidate.reasons[0].title is None
+    assert candidate.reasons[0].behavior == ""
+
+
+# -- folders
+
+
+def test_without_the_store_it_was_trained_on(folder, tmp_path):
+    train(logged(OLD[:300], tmp_path / "store"), tmp_path / "model", TINY)
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(NotSaved, match=r"trained on a store that is not there any more.*--store"):
+        Retriever.load(tmp_path / "model", exact=True)
+    Retriever.load(tmp_path / "model", exact=True, store=folder / "store")
+    with pytest.raises(NotSaved, match=r"index: no such folder.*`longretriever index`"):
+        Retriever.load(tmp_path / "model", store=folder / "store")
+
+
+def test_an_index_of_another_model(folder, tmp_path):
+    model = Model.open(folder / "model")
+    vectors = model.item_vectors(slice(None))
+    build(vectors, model.category_start, tmp_path / "index", made_from={"model": "another"})
+    with pytest.raises(
+        Mismatch, match=r"made from another model than .*model.*`longretriever index .*model`"
+    ):
+        Retriever.load(folder / "model", index=tmp_path / "index")
+
+
+@pytest.mark.parametrize("file", ["user_tower.onnx", "item_token.npy", "items.arrow", "index/lists.faiss"])
+def test_damaged_folders(folder, tmp_path, file):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    content = bytearray((tmp_path / "model" / file).read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "model" / file).write_bytes(content)
+    with pytest.raises(Damaged, match=rf"{file}: its SHA-256 is not the one written down"):
+        Retriever.load(tmp_path / "model", verify=True)
+
+
+def test_the_index_beside_another_place(folder, tmp_path):
+    out = index_model(folder / "model", tmp_path / "elsewhere")
+    assert Index.open(out).n_items == Model.open(folder / "model").n_items
+    assert Retriever.load(folder / "model", index=out).retrieve(1, 3).item_ids
+
+
+# -- everyone, to a file
+
+
+def test_a_file_for_everyone(retriever, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieve.retriever, "BATCH", 2)  # several batches, several row groups
+    users, rules = [*range(USERS), 2], Rules(exclude_seen=True, quotas={10: 3})
+    out = tmp_path / "deep" / "all.parquet"
+    n = retriever.write(users, out, 7, now=CUT, seed=3, rules=rules)
+    rows = pq.read_table(out)
+    assert rows.column_names == ["user_id", "rank", "item_id", "category_id", "score"]
+    assert rows.num_rows == n
+    wanted: dict[str, list] = defaultdict(list)
+    for user in users:
+        answer = retriever.retrieve(user, 7, now=CUT, rng=3, rules=rules)
+        wanted["user_id"] += [user] * len(answer)
+        wanted["rank"] += [c.rank for c in answer.candidates]
+        wanted["item_id"] += answer.item_ids
+        wanted["category_id"] += answer.category_ids
+        wanted["score"] += answer.score.tolist()
+    assert rows["score"].to_pylist() == pytest.approx(wanted.pop("score"), abs=1e-4)
+    for name, values in wanted.items():
+        assert rows[name].to_pylist() == values
+
+
+def test_nobody_to_a_file(retriever, tmp_path):
+    assert retriever.write([], tmp_path / "none.parquet") == 0
+    assert retriever.write([1, 2], tmp_path / "early.parquet", now=START - 1) == 0
+    for name in ("none", "early"):
+        assert pq.read_table(tmp_path / f"{name}.parquet").schema.field("item_id").type == pa.int64()
+
+
+def test_an_error_leaves_the_old_file(retriever, tmp_path):
+    out = tmp_path / "all.parquet"
+    retriever.write([1], out, 3)
+    before = out.read_bytes()
+    for users, k in (([*range(USERS), 12345], 3), ([1], 0)):
+        with pytest.raises(InputError):
+            retriever.write(users, out, k)
+    assert out.read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["all.parquet"]
