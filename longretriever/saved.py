@@ -8,12 +8,14 @@ version, the configuration, size and SHA-256 of every file, and the fingerprint 
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,6 +94,7 @@ def writing(path: str | os.PathLike[str], kind: str) -> Iterator[Folder]:
     target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     check_replaceable(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     partial = beside(target, "partial")
     partial.mkdir()
     try:
@@ -107,6 +110,25 @@ def writing(path: str | os.PathLike[str], kind: str) -> Iterator[Folder]:
 def beside(target: Path, purpose: str) -> Path:
     """A hidden path next to `target`, on the same disk, that no other writer uses."""
     return target.with_name(f".{target.name}.{purpose}-{os.getpid()}-{uuid4().hex[:8]}")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what writers to this path have left that were killed: of a dead process, and ten minutes old."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*-*-*"):
+        pid = left.name.split("-")[-2]
+        with suppress(FileNotFoundError):  # its writer may finish just now
+            if pid.isdigit() and time.time() - left.stat().st_mtime > 600 and not _lives(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's, so it is there
+        return True
+    return True
 
 
 def check_replaceable(target: Path, kind: str) -> None:

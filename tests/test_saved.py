@@ -284,3 +284,19 @@ def test_an_array_that_is_none(tmp_path):
     for name in ("text", "objects"):
         with pytest.raises(Damaged, match=rf"{name}\.npy: not a NumPy array file"):
             manifest.load_array(name)
+
+
+def test_what_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    pids = (dead.pid, dead.pid, os.getpid())
+    old, young, alive = (tmp_path / f".store.partial-{pid}-0000000{n}" for n, pid in enumerate(pids))
+    for folder in (old, young, alive):
+        (folder / "spill").mkdir(parents=True)
+    for folder in (old, alive):
+        os.utime(folder, (0, 0))
+    with writing(tmp_path / "store", "store"):
+        pass
+    assert not old.exists()
+    assert young.exists(), "a young one may belong to a writer in another container"
+    assert alive.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections import defaultdict
@@ -181,7 +182,7 @@ def same(answer: Retrieval, wanted: list[dict], precision: float) -> None:
         assert found == pytest.approx([w[name] for w in wanted], abs=precision)
 
 
-@pytest.mark.parametrize("user", range(0, USERS, 5))
+@pytest.mark.parametrize("user", range(0, USERS, 7))
 @pytest.mark.parametrize("now", [None, CUT, START + DAY // 4])
 def test_it_says_what_the_obvious_program_says(exact, user, now):
     answer = exact.retrieve(user, k=50, now=now)
@@ -264,6 +265,11 @@ def rewritten(folder) -> Retriever:
     return Retriever.load(folder / "model", store=store.path, interests=RandomInTop(2, 3))
 
 
+def rounded(answer: Retrieval) -> Any:
+    """All of it, without the last digits: a sum is rounded differently where zeros are added."""
+    return json.loads(json.dumps(answer.as_dict()), parse_float=lambda text: round(float(text), 5))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     user=st.integers(0, USERS - 1),
@@ -273,14 +279,14 @@ def rewritten(folder) -> Retriever:
 def test_nothing_at_or_after_now_counts(retriever, rewritten, user, now, seed):
     a = retriever.retrieve(user, 30, now=now, rng=seed, interests=rewritten.interests)
     b = rewritten.retrieve(user, 30, now=now, rng=seed)
-    assert a.as_dict() == b.as_dict()
+    assert rounded(a) == rounded(b)
 
 
 def test_what_happens_after_the_cut_counts_after_it(retriever, rewritten):
     """Else the test above could not fail."""
     differs = [
-        retriever.retrieve(u, 30, now=CUT + DAY, interests=Top(3)).as_dict()
-        != rewritten.retrieve(u, 30, now=CUT + DAY, interests=Top(3)).as_dict()
+        rounded(retriever.retrieve(u, 30, now=CUT + DAY, interests=Top(3)))
+        != rounded(rewritten.retrieve(u, 30, now=CUT + DAY, interests=Top(3)))
         for u in range(USERS)
     ]
     assert np.mean(differs) > 0.5
@@ -536,8 +542,8 @@ def test_numbers_have_moved(newer, exact):
 
 def test_old_lives_get_old_answers(newer, exact):
     for user in range(USERS):
-        before, after = (r.retrieve(user, 40, now=START + 100 * DAY).as_dict() for r in (exact, newer))
-        assert before == after
+        before, after = (r.retrieve(user, 40, now=START + 100 * DAY) for r in (exact, newer))
+        assert rounded(before) == rounded(after)
 
 
 @pytest.mark.parametrize("user", [-4, -2, -1, 0, 2, 5, 8, 20])
