@@ -72,7 +72,7 @@ class Contest(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one optimizer step needs, as arrays: all that touches the store is done."""
+    """What one optimizer step, or a part of one, needs as arrays: all that touches the store is done."""
 
     numbers: np.ndarray  # [U] distinct item numbers, ascending
     buckets: list[Bucket]
@@ -90,6 +90,22 @@ class Step(NamedTuple):
         return float(
             sum((c.samples.stop - c.samples.start) * np.log(_count(c.candidate)) for c in self.contests)
         )
+
+
+class _Draft(NamedTuple):
+    """A part of a step whose items are still item numbers. Fields as in `Step`."""
+
+    events: np.ndarray  # [S] event rows of the samples
+    category: np.ndarray
+    state: np.ndarray
+    buckets: list[Bucket]
+    recent: np.ndarray
+    recent_count: np.ndarray
+    candidates: list[np.ndarray]  # for each category of the part, in its order
+    cuts: np.ndarray  # where its samples begin
+
+    def items(self) -> list[np.ndarray]:
+        return [*(b.item for b in self.buckets), self.recent, *self.candidates]
 
 
 def _count(candidate: slice | np.ndarray) -> int:
@@ -263,9 +279,20 @@ class Batches:
 
     # -- from rows to arrays
 
-    def assemble(self, batches: list[Rows], rng: np.random.Generator) -> Step:
-        """Read from the store all that a step needs. `rng` draws negatives for the large categories."""
-        rows = concatenate(batches)
+    def assemble(self, batches: list[Rows], rng: np.random.Generator, parts: int = 1) -> list[Step]:
+        """Read from the store all that a step needs. `rng` draws negatives for the large categories.
+
+        `parts` of about as many samples each, to be computed side by side; they share `numbers`. Fewer come
+        where there are few rows, none where no sample is left (see `_targets`).
+        """
+        drafts = [self._draft(part, rng) for part in _split(concatenate(batches), parts)]
+        drafts = [draft for draft in drafts if len(draft.events)]
+        numbers = self._name(
+            [x for d in drafts for x in (*(b.item for b in d.buckets), d.recent, *d.candidates)]
+        )
+        return [self._placed(draft, numbers) for draft in drafts]
+
+    def _draft(self, rows: Rows, rng: np.random.Generator) -> _Draft:
         rows, stop = self._inputs(rows)
         length = np.maximum(stop - rows.start, 0)
         bucket_of = np.searchsorted(_WIDTHS, length)
@@ -277,21 +304,25 @@ class Batches:
         by_category = np.argsort(category, kind="stable")
         events, row_of, slot, category = (x[by_category] for x in (events, row_of, slot, category))
 
-        recent_item, recent_count = self._recent(events, self.group_user[rows.group[row_of]])
+        recent, recent_count = self._recent(events, self.group_user[rows.group[row_of]])
+        buckets, offsets = self._gather(rows, length, bucket_of)
         candidates, cuts = self._candidates(events, category, rng)
-        raw, offsets, tokens, padded = self._gather(rows, length, bucket_of)
-        numbers = self._name([*(b.item for b in raw), recent_item, *candidates])
+        state = offsets[row_of] + slot
+        return _Draft(events, category, state, buckets, recent, recent_count, candidates, cuts)
+
+    def _placed(self, draft: _Draft, numbers: np.ndarray) -> Step:
+        """A draft with its items as positions in `numbers`, right after `_name` has made them."""
         position = self._position
         return Step(
             numbers=numbers,
-            buckets=[b._replace(item=position[b.item]) for b in raw],
-            state=offsets[row_of] + slot,
-            category=category.astype(np.int64),
-            recent=position[recent_item],
-            recent_count=recent_count,
-            contests=self._contests(events, category, candidates, cuts),
-            tokens=tokens,
-            padded=padded,
+            buckets=[b._replace(item=position[b.item]) for b in draft.buckets],
+            state=draft.state,
+            category=draft.category.astype(np.int64),
+            recent=position[draft.recent],
+            recent_count=draft.recent_count,
+            contests=self._contests(draft.events, draft.category, draft.candidates, draft.cuts),
+            tokens=sum(int(b.length.sum()) for b in draft.buckets),
+            padded=sum(b.item.size for b in draft.buckets),
         )
 
     def _inputs(self, rows: Rows) -> tuple[Rows, np.ndarray]:
@@ -348,11 +379,11 @@ class Batches:
 
     def _gather(
         self, rows: Rows, length: np.ndarray, bucket_of: np.ndarray
-    ) -> tuple[list[Bucket], np.ndarray, int, int]:
+    ) -> tuple[list[Bucket], np.ndarray]:
         """Behaviors of each row, in buckets; and of each row, the position of its first token."""
         store, n_prefix = self.store, 1 + self.store.profile.shape[1]
         offsets = np.empty(len(length), np.int64)
-        buckets, token, padded = [], 0, 0
+        buckets, token = [], 0
         for part in np.split(np.arange(len(length)), np.flatnonzero(np.diff(bucket_of)) + 1):
             width = int(length[part].max())
             at = rows.start[part, None] + np.arange(width)
@@ -365,8 +396,7 @@ class Batches:
             )
             offsets[part] = token + np.arange(len(part)) * (n_prefix + width)
             token += len(part) * (n_prefix + width)
-            padded += len(part) * width
-        return buckets, offsets, int(length.sum()), padded
+        return buckets, offsets
 
     def _candidates(
         self, events: np.ndarray, category: np.ndarray, rng: np.random.Generator
@@ -440,3 +470,10 @@ def _parts(rows: Rows, size: int) -> Iterator[Rows]:
     for part in np.split(np.arange(len(total)), np.unique(cuts)):
         if len(part):
             yield rows.take(part)
+
+
+def _split(rows: Rows, parts: int) -> list[Rows]:
+    """Cut rows into at most so many parts of about as many samples each."""
+    total = np.cumsum(rows.samples)
+    cuts = np.searchsorted(total, total[-1] * np.arange(1, parts) / parts) + 1
+    return [rows.take(part) for part in np.split(np.arange(len(total)), cuts) if len(part)]

@@ -70,7 +70,7 @@ def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def save_model(run: Training, out: Path) -> None:
     """Write what `exported.Model` opens: see its docstring for the files."""
-    store, towers, at = run.store, run.towers.eval(), run.at
+    store, towers, at = run.store, run.towers, run.at
     with writing(out, "model") as folder:
         shutil.copy(store.path / "categories.arrow", folder.path)
         shutil.copy(store.path / "items.arrow", folder.path)

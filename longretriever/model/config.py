@@ -30,6 +30,7 @@ class TrainConfig:
     overlap: int = 8
     whole_category_up_to: int = 8192
     sampled_negatives: int = 2048
+    parts: int = 2  # of a step, computed side by side where there are processors; changes the last digits
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,6 +44,7 @@ class TrainConfig:
             "recent_length",
             "epochs",
             "overlap",
+            "parts",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected at least 1.")

@@ -33,6 +33,18 @@ MAX_SCALE = 50.0
 """Bound on the inverse temperature, without which a category of few items drives it up for ever."""
 
 
+def drop(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """Dropout whose randomness is an argument, so that parts of a step can run side by side and repeat.
+
+    One byte decides for each number, so the rate is rounded to 1/256. Without a generator nothing is dropped.
+    """
+    if generator is None or rate == 0:
+        return x
+    least = round(256 * rate)
+    byte = torch.empty(x.shape, dtype=torch.uint8, device=x.device).random_(0, 256, generator=generator)
+    return x * (byte >= least) * (256 / (256 - least))
+
+
 class Block(nn.Module):
     """One pre-LayerNorm transformer layer over rows of several lengths at once.
 
@@ -45,10 +57,14 @@ class Block(nn.Module):
         self.attention_norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.widen, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(
-        self, x_Td: Tensor, shapes: Sequence[tuple[int, int]], masks: Sequence[Tensor] | None
+        self,
+        x_Td: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        masks: Sequence[Tensor] | None,
+        generator: torch.Generator | None,
     ) -> Tensor:
         dim = x_Td.shape[1]
         qkv_T3d = self.qkv(self.attention_norm(x_Td))
@@ -61,8 +77,9 @@ class Block(nn.Module):
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             attended.append(a.transpose(1, 2).reshape(B * M, dim))
         a_Td = attended[0] if one else torch.cat(attended)
-        x_Td = x_Td + self.dropout(self.out(a_Td))
-        return x_Td + self.dropout(self.narrow(F.gelu(self.widen(self.feed_norm(x_Td)))))
+        x_Td = x_Td + drop(self.out(a_Td), self.dropout, generator)
+        fed_Td = self.narrow(F.gelu(self.widen(self.feed_norm(x_Td))))
+        return x_Td + drop(fed_Td, self.dropout, generator)
 
 
 def _code_tables(sizes: Sequence[int], dim: int) -> nn.ModuleList:
@@ -100,7 +117,7 @@ class UserTower(nn.Module):
         self.position = nn.Parameter(torch.zeros(self.prefix + context_length, dim))
         self.token_type = nn.Embedding(self.prefix + kinds, dim)  # CLS, each profile field, each kind
         self.blocks = nn.ModuleList([Block(dim, heads, dropout) for _ in range(layers)])
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), dropout
         self.recent_position = nn.Parameter(torch.zeros(recent_length, dim))
         self.context_query = nn.Linear(dim, dim)
         self.recent_key = nn.Linear(dim, dim, bias=False)
@@ -119,11 +136,13 @@ class UserTower(nn.Module):
         x_BMd = torch.cat([*prefix, behaviors], dim=1)
         return x_BMd + self.position[: self.prefix + N]
 
-    def states(self, rows: Sequence[Tensor], lengths: Sequence[Tensor]) -> Tensor:
+    def states(
+        self, rows: Sequence[Tensor], lengths: Sequence[Tensor], generator: torch.Generator | None = None
+    ) -> Tensor:
         """Run the transformer over rows of several shapes: [T, d], row after row, shape after shape.
 
         `lengths[i]` [B] counts the behaviors of each row; what follows them is padding. The causal mask
-        hides padding by itself since it stands at the end.
+        hides padding by itself since it stands at the end. `generator` draws what is dropped out.
         """
         shapes = [(x.shape[0], x.shape[1]) for x in rows]
         masks = None
@@ -133,9 +152,9 @@ class UserTower(nn.Module):
                 for x, n in zip(rows, lengths, strict=True)
             ]
         flat = [x.reshape(-1, x.shape[-1]) for x in rows]
-        x_Td = self.dropout(flat[0] if len(flat) == 1 else torch.cat(flat))
+        x_Td = drop(flat[0] if len(flat) == 1 else torch.cat(flat), self.dropout, generator)
         for block in self.blocks:
-            x_Td = block(x_Td, shapes, masks)
+            x_Td = block(x_Td, shapes, masks, generator)
         return self.norm(x_Td)
 
     def slot(self, n_before: Tensor) -> Tensor:
@@ -216,13 +235,11 @@ class ItemRows:
         self.lr = lr
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """The named rows, as a leaf that collects their gradient."""
+        """The named rows, as a leaf to take the gradient of."""
         return self.weight[numbers].requires_grad_()
 
-    def update(self, numbers: Tensor, rows: Tensor, factor: float = 1.0) -> None:
-        """Apply the gradient collected in `rows`; `factor` is the schedule's part of the rate."""
-        grad = rows.grad
-        assert grad is not None, "backward has not run"
+    def update(self, numbers: Tensor, rows: Tensor, grad: Tensor, factor: float = 1.0) -> None:
+        """Apply the gradient of the named rows; `factor` is the schedule's part of the rate."""
         self.sum_of_squares[numbers] += grad.square().mean(dim=1)
         step = self.lr * factor / (self.sum_of_squares[numbers].sqrt() + 1e-10)
         self.weight[numbers] = rows.detach() - grad * step[:, None]
@@ -250,7 +267,9 @@ class Towers(nn.Module):
             feature_sizes=[field.size for field in store.item_fields],
         )
 
-    def forward(self, rows_Ud: Tensor, step: Step, store: Store) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rows_Ud: Tensor, step: Step, store: Store, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """User vectors [S, d] of a step's samples and item vectors [U, d] of its items."""
         category_U = torch.from_numpy(store.item_category[step.numbers]).long()
         feature_UF = torch.from_numpy(store.item_feature[step.numbers]).long()
@@ -263,7 +282,7 @@ class Towers(nn.Module):
             )
             for b in step.buckets
         ]
-        states = self.user.states(rows, [torch.from_numpy(b.length) for b in step.buckets])
+        states = self.user.states(rows, [torch.from_numpy(b.length) for b in step.buckets], generator)
         user_Sd = self.user.head(
             states[torch.from_numpy(step.state)],
             self.item.category(torch.from_numpy(step.category)),

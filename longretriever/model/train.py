@@ -13,14 +13,16 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from longretriever.errors import InputError
 from longretriever.model.batches import Batches, Rows, Step
@@ -68,7 +70,7 @@ class Tick:
 class Training:
     """Weights, optimizers and position of one run; `train` is the function to call."""
 
-    def __init__(self, store: Store, config: TrainConfig) -> None:
+    def __init__(self, store: Store, config: TrainConfig, threads: int | None = None) -> None:
         self.store, self.config, self.at = store, config, Position()
         self.boundary = _boundary(store, config.validation)
         sampling = config.sampling(store.n_events)
@@ -82,6 +84,7 @@ class Training:
             )
         torch.manual_seed(config.seed)
         self.towers = Towers(store, config)
+        self.workers = ThreadPoolExecutor(min(config.parts, threads or config.parts))
         self.rows = ItemRows(
             store.n_items, config.dim, torch.Generator().manual_seed(config.seed), config.row_lr
         )
@@ -95,35 +98,50 @@ class Training:
         by_clock = self.at.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(self.at.samples / self.total, by_clock))
 
-    def run_step(self, step: Step) -> float:
-        """One optimizer step; the summed loss."""
-        c, samples = self.config, len(step.state)
+    def run_step(self, parts: list[Step]) -> float:
+        """One optimizer step; the summed loss.
+
+        Parts run side by side on a thread each, and their gradients are added in their order, so the result
+        does not depend on the threads. Two threads of one processor each, and not one operation on both:
+        operations are short, and waiting for the slower half of each costs more than the half saves.
+        """
+        c = self.config
         factor = min(1.0, (self.at.steps + 1) / _WARM_UP) * max(_LAST_RATE, 1 - self.share)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * factor
-        torch.manual_seed(_mixed(c.seed, self.at.epoch, self.at.step))  # the masks of dropout
-        numbers = torch.from_numpy(step.numbers)
+        numbers = torch.from_numpy(parts[0].numbers)
         rows_Ud = self.rows.gather(numbers)
-        user_Sd, item_Ud = self.towers(rows_Ud, step, self.store)
-        loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss / samples).backward()
+        leaves = [*self.towers.parameters(), rows_Ud]
+        samples = sum(len(part.state) for part in parts)
+
+        def compute(nth: int) -> tuple[float, Sequence[Tensor]]:
+            seed = _mixed(c.seed, self.at.epoch, self.at.step, nth)
+            generator = torch.Generator().manual_seed(seed)  # of the masks of dropout
+            user_Sd, item_Ud = self.towers(rows_Ud, parts[nth], self.store, generator)
+            loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, parts[nth])
+            return loss.item(), torch.autograd.grad(loss / samples, leaves, materialize_grads=True)
+
+        done = list(self.workers.map(compute, range(len(parts))))
+        *dense, rows = [sum(grads[1:], start=grads[0]) for grads in zip(*(g for _, g in done), strict=True)]
+        for parameter, grad in zip(leaves, dense, strict=False):
+            parameter.grad = grad
         self.optimizer.step()
-        self.rows.update(numbers, rows_Ud, factor)
-        return loss.item()
+        self.rows.update(numbers, rows_Ud, rows, factor)
+        return sum(loss for loss, _ in done)
 
     def run_epoch(self, save: Callable[[], None], progress: Callable[[Tick], None] | None) -> None:
         """From the current position to the end of its epoch, or of the minutes."""
         at, began, before = self.at, time.perf_counter(), self.at.seconds
         plan = islice(self.batches.epoch(self.config.seed, at.epoch), at.step, None)
-        self.towers.train()
-        for step, waited in _read_ahead(self.batches, plan, (self.config.seed, at.epoch), at.step):
-            loss, samples = self.run_step(step), len(step.state)
+        for parts, waited in _read_ahead(self.batches, plan, self.config, at):
+            samples, chance = sum(len(p.state) for p in parts), sum(p.chance for p in parts)
+            loss = self.run_step(parts) if parts else 0.0
             at.step, at.steps, at.samples = at.step + 1, at.steps + 1, at.samples + samples
             at.waiting, at.seconds = at.waiting + waited, before + time.perf_counter() - began
-            at.tokens, at.padded = at.tokens + step.tokens, at.padded + step.padded
-            if progress:
-                progress(Tick(at, self.share, loss / samples, step.chance / samples, at.samples / at.seconds))
+            at.tokens += sum(p.tokens for p in parts)
+            at.padded += sum(p.padded for p in parts)
+            if progress and samples:
+                progress(Tick(at, self.share, loss / samples, chance / samples, at.samples / at.seconds))
             save()
             if self.config.minutes and at.seconds >= 60 * self.config.minutes:
                 at.finished = f"{self.config.minutes:g} minutes are over"
@@ -132,13 +150,13 @@ class Training:
     @torch.no_grad()
     def validate(self) -> float | None:
         """Nats below chance, a sample, on events that training has not seen; None if there are none."""
-        self.towers.eval()
         rng, gain, samples = np.random.default_rng(self.config.seed), 0.0, 0
         for plan in self.held_out.after(self.boundary, _VALIDATION_SAMPLES, rng):
-            step = self.held_out.assemble(plan, rng)
-            user_Sd, item_Ud = self.towers(self.rows.weight[torch.from_numpy(step.numbers)], step, self.store)
-            loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, step)
-            gain, samples = gain + step.chance - loss.item(), samples + len(step.state)
+            for step in self.held_out.assemble(plan, rng):
+                rows_Ud = self.rows.weight[torch.from_numpy(step.numbers)]
+                user_Sd, item_Ud = self.towers(rows_Ud, step, self.store)
+                loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, step)
+                gain, samples = gain + step.chance - loss.item(), samples + len(step.state)
         return gain / samples if samples else None
 
     def end_epoch(self) -> float | None:
@@ -172,15 +190,13 @@ def train(
     Checkpoints go to a hidden folder beside `out`, at every epoch and about every `checkpoint_seconds`; a
     call with the same store and configuration goes on from there, unless `fresh`. The folder is removed when
     the model is saved. Memory is that of the weights plus a few steps, whatever the size of the log.
-    `threads` are PyTorch's, for the whole process; by default as many as there are cores.
+    `threads` is how many processors to use, all by default; PyTorch's own number is set back afterwards.
 
     Raises `InputError` for a store that has nothing to learn from.
     """
-    if threads:
-        torch.set_num_threads(threads)
     target = Path(out)
     work = target.with_name(f".{target.name}.training")
-    run = Training(store, config)
+    run = Training(store, config, threads)
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
     elif work.exists():
@@ -193,15 +209,16 @@ def train(
             save_state(run, work / "latest")
             saved_at = time.perf_counter()
 
-    while not run.at.finished:
-        run.run_epoch(save_now_and_then, progress)
-        gain = run.end_epoch()
-        if run.at.best == run.at.epoch - 1:
-            save_state(run, work / "best")
-        save_state(run, work / "latest")
-        saved_at = time.perf_counter()
-        if progress:
-            progress(Tick(run.at, run.share, float("nan"), float("nan"), _rate(run.at), gain))
+    with _processors(threads, config.parts):
+        while not run.at.finished:
+            run.run_epoch(save_now_and_then, progress)
+            gain = run.end_epoch()
+            if run.at.best == run.at.epoch - 1:
+                save_state(run, work / "best")
+            save_state(run, work / "latest")
+            saved_at = time.perf_counter()
+            if progress:
+                progress(Tick(run.at, run.share, float("nan"), float("nan"), _rate(run.at), gain))
     position = run.at
     if position.validation and position.best < position.epoch - 1:
         load_state(work / "best", run)
@@ -209,6 +226,17 @@ def train(
     save_model(run, target)
     shutil.rmtree(work, ignore_errors=True)
     return position
+
+
+@contextmanager
+def _processors(threads: int | None, parts: int) -> Iterator[None]:
+    """Share the processors out among the parts of a step: PyTorch's threads are for each of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, (threads or os.cpu_count() or 1) // parts))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rate(at: Position) -> float:
@@ -228,24 +256,26 @@ def _boundary(store: Store, validation: float) -> int:
 
 
 def _read_ahead(
-    batches: Batches, plan: Iterator[list[Rows]], seed: tuple[int, int], first: int
-) -> Iterator[tuple[Step, float]]:
-    """Assemble steps on another thread while the model computes; yields (step, seconds waited for it)."""
-    waiting: deque[Future[Step]] = deque()
+    batches: Batches, plan: Iterator[list[Rows]], config: TrainConfig, at: Position
+) -> Iterator[tuple[list[Step], float]]:
+    """Assemble steps on another thread while the model computes; yields (parts, seconds waited for them)."""
+    waiting: deque[Future[list[Step]]] = deque()
+    first, epoch = at.step, at.epoch
     with ThreadPoolExecutor(1) as reader:  # one: `assemble` has scratch arrays of its own
 
         def submit_next(nth: int) -> None:
             rows = next(plan, None)
             if rows is not None:
-                waiting.append(reader.submit(batches.assemble, rows, np.random.default_rng([*seed, nth])))
+                rng = np.random.default_rng([config.seed, epoch, nth])
+                waiting.append(reader.submit(batches.assemble, rows, rng, config.parts))
 
         for nth in range(first, first + PREFETCH):
             submit_next(nth)
         nth = first + PREFETCH
         while waiting:
             began = time.perf_counter()
-            step = waiting.popleft().result()
+            parts = waiting.popleft().result()
             waited = time.perf_counter() - began
             submit_next(nth)
             nth += 1
-            yield step, waited
+            yield parts, waited

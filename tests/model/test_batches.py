@@ -23,7 +23,7 @@ def samples_of(store, sampling, until=None, seed=0, epoch=0):
     batches = Batches(store, sampling, store.last_time if until is None else until)
     prefix = 1 + store.profile.shape[1]
     for rows in batches.epoch(seed, epoch):
-        step = batches.assemble(rows, np.random.default_rng(0))
+        step = batches.assemble(rows, np.random.default_rng(0))[0]
         place = []  # of each state: the items that it knows
         for bucket in step.buckets:
             for b in range(len(bucket.length)):
@@ -118,7 +118,7 @@ def test_a_large_category_competes_by_sample_with_log_q(tmp_path):
     sampling = Sampling(**SMALL, whole_category_up_to=20, sampled_negatives=2)
     batches = Batches(store, sampling, store.last_time)
     rows = next(batches.epoch(0, 0))
-    step = batches.assemble(rows, np.random.default_rng(0))
+    step = batches.assemble(rows, np.random.default_rng(0))[0]
     for c in step.contests:
         candidates = step.numbers[c.candidate]
         assert len(set(candidates)) == len(candidates), "an item that is drawn twice would be its own rival"
@@ -188,3 +188,21 @@ def test_bisection_of_many_ranges(parts, when):
     low = ends - [len(p) for p in parts]
     got = first_not_before(time, low, ends, np.full(len(parts), when))
     assert got.tolist() == [lo + sum(t < when for t in p) for lo, p in zip(low, parts, strict=True)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_hold_the_samples_of_the_whole(store, parts):
+    batches = Batches(store, Sampling(**SMALL), store.last_time)
+    for plan in batches.epoch(0, 0):
+        whole = batches.assemble(plan, np.random.default_rng(0))[0]
+        found = batches.assemble(plan, np.random.default_rng(0), parts)
+        assert len(found) <= parts
+        assert np.array_equal(np.sort(np.concatenate([p.category for p in found])), whole.category)
+        assert all(np.array_equal(p.numbers, whole.numbers) for p in found)
+
+    def targets(steps):
+        return sorted(
+            int(step.numbers[c.candidate][t]) for step in steps for c in step.contests for t in c.target
+        )
+
+    assert targets(found) == targets([whole])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from longretriever.model.batches import Batches
 from longretriever.model.checkpoint import export_user_tower
 from longretriever.model.config import TrainConfig
-from longretriever.model.towers import ItemRows, Towers
+from longretriever.model.towers import ItemRows, Towers, drop
 from tests.worlds import random_log, stored
 
 CONFIG = TrainConfig(dim=16, context_length=6, recent_length=4, overlap=2, step_samples=60, dropout=0.0)
@@ -25,7 +25,7 @@ def store(tmp_path_factory):
     return stored(random_log(7), tmp_path_factory.mktemp("towers") / "store", users=users)
 
 
-def vectors(store, config, rows=None):
+def vectors(store, config):
     torch.manual_seed(0)
     towers = Towers(store, config).eval()
     for parameter in towers.parameters():  # far from the start, where all vectors are alike
@@ -71,7 +71,7 @@ def test_a_batch_gives_the_vectors_of_its_samples_alone(store, encoder):
     config = replace(CONFIG, encoder=encoder)
     towers, items, batches = vectors(store, config)
     for plan in batches.epoch(0, 0):
-        step = batches.assemble(plan, np.random.default_rng(0))
+        step = batches.assemble(plan, np.random.default_rng(0))[0]
         together, _ = towers(items.weight[torch.from_numpy(step.numbers)], step, store)
         torch.testing.assert_close(together, alone(towers, items, store, step, config), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together.norm(dim=1), torch.ones(len(together)))
@@ -137,11 +137,20 @@ def test_only_named_rows_are_updated(store):
     items = ItemRows(6, 4, torch.Generator().manual_seed(0), lr=0.1)
     before = items.weight.clone()
     rows = items.gather(torch.tensor([1, 4]))
-    F.mse_loss(rows, torch.ones(2, 4)).backward()
-    items.update(torch.tensor([1, 4]), rows)
+    (given,) = torch.autograd.grad(F.mse_loss(rows, torch.ones(2, 4)), rows)
+    items.update(torch.tensor([1, 4]), rows, given)
     changed = (items.weight != before).any(dim=1)
     assert changed.tolist() == [False, True, False, False, True, False]
     # row-wise Adagrad: the first step is lr times the gradient over its own root mean square
     grad = (before[[1, 4]] - 1) * 2 / 8
     wanted = before[[1, 4]] - 0.1 * grad / grad.square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close(items.weight[[1, 4]], wanted)
+
+
+def test_dropout_is_what_it_says_and_repeats():
+    x = torch.ones(400, 100)
+    a = drop(x, 0.25, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(a.unique(), torch.tensor([0.0, 4 / 3]))
+    assert abs(a.mean().item() - 1) < 0.02
+    assert torch.equal(a, drop(x, 0.25, torch.Generator().manual_seed(3)))
+    assert torch.equal(x, drop(x, 0.25, None))

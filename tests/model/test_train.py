@@ -75,6 +75,12 @@ def test_the_same_seed_gives_the_same_weights(parity, tmp_path):
     assert a.fingerprint == b.fingerprint
 
 
+def test_threads_do_not_change_the_weights(parity, tmp_path):
+    for threads in (1, 2):
+        train(parity, tmp_path / str(threads), replace(TINY, epochs=1), threads=threads)
+    assert np.array_equal(weights(tmp_path / "1"), weights(tmp_path / "2"))
+
+
 SCRIPT = """
 import sys
 from longretriever import Store, train

@@ -237,14 +237,15 @@ def test_reasons_are_the_likest_behaviors_of_the_context(retriever):
                 assert r.similarity == pytest.approx(like[r.item_id], abs=1e-5)
 
 
-def test_where_the_context_is_silent_the_recent_behaviors_speak(tmp_path):
+def test_where_the_context_is_silent_the_recent_behaviors_speak(folder):
     """A user who never met category 20 is asked about it: no behavior there, so the latest of any speak."""
     events = [e for e in OLD if e.user != 0 or e.category != 20]
-    train(logged(events, tmp_path / "store"), tmp_path / "model", TINY)
-    r = Retriever.load(tmp_path / "model", exact=True, interests=Top(1))
+    store = logged(events, folder / "silent")
+    r = Retriever.load(folder / "model", store=store.path, exact=True, interests=Top(2))
     answer = r.retrieve(0, k=500, rules=Rules(include_categories=[20]))
-    assert [(c.category_id, c.behaviors) for c in answer.contexts][1] == (20, 0)
-    assert answer.contexts[1].share == answer.contexts[0].share, "wanted no more than the last one chosen"
+    first, second, included = answer.contexts
+    assert (included.category_id, included.behaviors) == (20, 0)
+    assert first.share > second.share == included.share, "wanted no more than the last one chosen"
     recent = {e.item for e in life(events, 0, answer.now)[-TINY.recent_length :]}
     for c in answer.candidates:
         if c.category_id == 20:
@@ -402,6 +403,7 @@ def test_exclude_items(retriever):
     every = retriever.retrieve(2, 1000).item_ids
     unwanted = [*every[:3], 999_999, "no such id"]
     assert retriever.retrieve(2, 1000, rules=Rules(exclude_items=unwanted)).item_ids == every[3:]
+    assert retriever.retrieve(2, 5, rules=Rules(exclude_items=every[:1])).item_ids == every[1:6]
 
 
 def test_exclude_categories(retriever):
@@ -522,6 +524,7 @@ NEWER = [
     *OLD,
     *some_events(2, range(-4, 6), START + 100 * DAY, 20, 300),  # new users, numbered before the old ones
     *[Event(u, 5 + c, c, START + 121 * DAY + u, "click") for u in range(-2, 9) for c in (0, 10, -7)],
+    *[Event(u, -3, -7, START + 122 * DAY - u, "click") for u in range(5, 9)],  # some love it most
     *[Event(u, 1007, 10, START + 122 * DAY, "a wish") for u in range(3)],  # a new kind, that sorts first
 ]
 
@@ -610,8 +613,9 @@ def test_a_log_without_kinds_titles_or_profiles(tmp_path):
 
 
 def test_without_the_store_it_was_trained_on(folder, tmp_path):
-    train(logged(OLD[:300], tmp_path / "store"), tmp_path / "model", TINY)
-    shutil.rmtree(tmp_path / "store")
+    shutil.copytree(folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("index"))
+    manifest = tmp_path / "model" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(folder / "store"), str(tmp_path / "moved away")))
     with pytest.raises(NotSaved, match=r"trained on a store that is not there any more.*--store"):
         Retriever.load(tmp_path / "model", exact=True)
     Retriever.load(tmp_path / "model", exact=True, store=folder / "store")
