@@ -164,6 +164,7 @@ def train(
 ) -> None:
     """Train the two towers; goes on by itself where a killed training of the same settings stopped."""
     from longretriever.model.config import TrainConfig
+    from longretriever.saved import check_replaceable
     from longretriever.store.behaviors import Store
 
     torch_train = _training()
@@ -178,6 +179,7 @@ def train(
     }
     config = TrainConfig(encoder=encoder, seed=seed, **{k: v for k, v in given.items() if v is not None})
     opened = Store.open(store)
+    check_replaceable(path, "model")  # now, and not after hours
     with training_bar() as progress:
         at = torch_train(
             opened,
@@ -249,6 +251,7 @@ def retrieve(
         list[str] | None, typer.Option(metavar="CATEGORY=X", help="Factor on a category's share.")
     ] = None,
     store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
+    index: Annotated[Path | None, typer.Option(help="An index other than MODEL/index.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Scan all items instead of using an index.")] = False,
     most: Annotated[int, typer.Option("--show", min=1, help="Candidates to print; --json prints all.")] = 20,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of the user tower.")] = 1,
@@ -267,6 +270,7 @@ def retrieve(
     retriever = Retriever.load(
         model,
         store=store,
+        index=index,
         exact=exact,
         interests=parse_interests(select),
         merge=_merge(merge),

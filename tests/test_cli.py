@@ -300,6 +300,7 @@ def test_verify_finds_damage(command, workspace):
         (["--user", "7", "--now", "nan"], "now=nan: expected seconds"),
         (["--user", "7", "--store", "nowhere"], "nowhere: no such folder, where a saved store was wanted"),
         (["--user", "7", "--store", "model"], "model holds a saved model, expected: store"),
+        (["--user", "7", "--index", "nowhere"], "nowhere: no such folder, where a saved index was wanted"),
         (["--user", "7", "--out", "x.parquet"], "--out is for --all-users"),
         (["--user", "7", "--all-users", "--out", "x.parquet"], "retrieve needs --user ID, or --all-users"),
         ([], "retrieve needs --user ID, or --all-users"),
@@ -322,6 +323,10 @@ def test_errors_of_retrieve(command, options, message):
         (["index", "model", "--out", "store"], "store holds a saved store, so it will not be overwritten"),
         (["index", "model", "--out", "."], "exists and holds no saved index"),
         (["train", "nowhere", "--out", "x"], "nowhere: no such folder"),
+        (
+            ["train", "store", "--out", "store"],
+            "store holds a saved store, so it will not be overwritten by a model",
+        ),
         (["train", "store", "--out", "x", "--dim", "9"], "dim=9 cannot be divided among heads=2"),
         (["train", "store", "--out", "x", "--encoder", "gru"], "encoder='gru': expected 'packed' or 'cls'"),
         (["ingest", "--events", "nowhere.csv", "--out", "x"], "nowhere.csv"),

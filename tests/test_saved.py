@@ -150,6 +150,24 @@ def test_two_writers_do_not_meet(tmp_path):
     assert not hidden(tmp_path / "store")
 
 
+def test_what_the_dead_have_left_is_swept_away(tmp_path):
+    """Not what is young (its writer may be on another machine), nor what a living process writes."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {
+        name: tmp_path / f".store.partial-{pid}-{name}"
+        for name, pid in (("dead", dead.pid), ("alive", os.getpid()))
+    }
+    names["young"] = tmp_path / f".store.partial-{dead.pid}-young"
+    names["other"] = tmp_path / f".store2.partial-{dead.pid}-other"
+    for name, path in names.items():
+        path.mkdir()
+        if name != "young":
+            os.utime(path, (0, 0))
+    write(tmp_path / "store")
+    assert {name for name, path in names.items() if path.exists()} == {"alive", "young", "other"}
+
+
 def test_never_replaces_what_is_not_ours(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")

@@ -19,7 +19,7 @@ class TrainConfig:
     dropout: float = 0.25
     context_length: int = 50  # L: behaviors of a context that the user tower reads
     recent_length: int = 20  # behaviors of any category that it also looks at
-    epochs: int = 6  # at most
+    epochs: int | None = None  # at most; None: about 4,000 steps, at least 6 epochs and at most 30
     minutes: float | None = None  # wall time at most; the rate falls to its end within it
     patience: int = 2  # epochs without a better validation loss before training stops
     validation: float = 0.02  # newest part of the events, held out
@@ -42,12 +42,13 @@ class TrainConfig:
             "heads",
             "context_length",
             "recent_length",
-            "epochs",
             "overlap",
             "parts",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.epochs is not None and self.epochs < 1:
+            raise InputError(f"epochs={self.epochs}: expected 1 or more, or None to suit the log.")
         if self.step_samples is not None and self.step_samples < 1:
             raise InputError(
                 f"step_samples={self.step_samples}: expected at least 1, or None to suit the log."
@@ -72,3 +73,7 @@ class TrainConfig:
             whole_category_up_to=self.whole_category_up_to,
             sampled_negatives=self.sampled_negatives,
         )
+
+    def epochs_for(self, samples: int, step_samples: int) -> int:
+        """How many passes over so many samples: the first logs to learn from are small, and need more."""
+        return self.epochs or max(6, min(30, 4_000 * step_samples // max(samples, 1)))

@@ -29,6 +29,9 @@ from longretriever.model.batches import Step
 from longretriever.model.config import TrainConfig
 from longretriever.store.behaviors import Store
 
+FIRST_TEMPERATURE = 0.2
+"""Random vectors must not be sharply wrong: from 0.07, small logs spend their training on unlearning."""
+
 MAX_SCALE = 50.0
 """Bound on the inverse temperature, without which a category of few items drives it up for ever."""
 
@@ -209,7 +212,7 @@ class ItemTower(nn.Module):
         self.category = nn.Embedding(categories, dim)
         self.features = _code_tables(feature_sizes, dim)
         nn.init.normal_(self.category.weight, std=0.05)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / FIRST_TEMPERATURE)))
 
     def embed(self, row_Id: Tensor, category_I: Tensor, feature_IF: Tensor) -> Tensor:
         x_Id = row_Id + self.category(category_I)

@@ -76,7 +76,8 @@ class Training:
         sampling = config.sampling(store.n_events)
         self.batches = Batches(store, sampling, self.boundary)
         self.held_out = Batches(store, sampling, store.last_time)
-        self.total = self.batches.n_samples * config.epochs
+        self.epochs = config.epochs_for(self.batches.n_samples, sampling.samples)
+        self.total = self.batches.n_samples * self.epochs
         if self.batches.n_samples == 0:
             raise InputError(
                 f"nothing to learn from: {store.n_events:,} events in {store.n_categories:,} categories, but "
@@ -170,8 +171,8 @@ class Training:
             elif at.epoch - at.best >= c.patience and not at.finished:
                 at.finished = f"no better validation for {c.patience} epochs"
         at.epoch, at.step = at.epoch + 1, 0
-        if at.epoch >= c.epochs and not at.finished:
-            at.finished = f"{c.epochs} epochs are done"
+        if at.epoch >= self.epochs and not at.finished:
+            at.finished = f"{self.epochs} epochs are done"
         return gain
 
 

@@ -133,13 +133,13 @@ def test_lists_hold_items_of_train_and_are_those_of_single_requests(tmp_path):
 
 def test_it_finds_what_only_the_context_tells(tmp_path):
     """Users like the even or the odd items of a category; popularity cannot know which."""
-    config = replace(TINY, epochs=10, row_lr=0.1, validation=0)
+    config = replace(TINY, epochs=8, row_lr=0.1, validation=0)
     names = ["longretriever", "popular-in-context"]
-    result = evaluate_log(parity_log(users=100), models=names, config=config, k=(6, 18), work=tmp_path)
+    result = evaluate_log(parity_log(users=90), models=names, config=config, k=(6, 18), work=tmp_path)
     ours, popular = (result["models"][name]["live"]["all"] for name in names)
-    assert ours["recall@18"] > 0.9  # half of the items, the right ones
-    assert popular["recall@18"] < 0.7
-    assert result["models"]["longretriever"]["training"]["samples"] == 10 * result["data"]["train_events"]
+    assert ours["recall@18"] > 0.8  # half of the items; popularity finds half of the targets
+    assert popular["recall@18"] < 0.65
+    assert result["models"]["longretriever"]["training"]["samples"] == 8 * result["data"]["train_events"]
 
 
 # -- options

@@ -1,0 +1,165 @@
+"""The pages are true: their Python runs, their commands exist, their tables are complete, links lead on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from longretriever import Market, MarketConfig, Store, TrainConfig, index_model, ingest, train
+from longretriever.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+}
+GROUP = typer.main.get_command(app)
+COMMANDS = GROUP.commands  # type: ignore[attr-defined]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def having(language: str) -> list[str]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+# -- Python
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """What a page may take as given: a log (`market/` and its files), a `store`, a `model` and its index."""
+    path = tmp_path_factory.mktemp("prepared")
+    Market(MarketConfig.of_size(5000, seed=2)).write(path / "market")
+    files = {name: path / f"{name}.parquet" for name in ("events", "items", "users")}
+    for name, file in files.items():
+        shutil.copy(path / "market" / f"{name}.parquet", file)
+    ingest(files["events"], path / "store", items=files["items"], users=files["users"])
+    train(Store.open(path / "store"), path / "model", TrainConfig(dim=8, layers=1, epochs=1))
+    index_model(path / "model")
+    return path
+
+
+@pytest.mark.parametrize("page", having("python"))
+def test_the_python_of_a_page_runs(page, prepared, tmp_path, monkeypatch):
+    """All blocks of a page, in their order, in one session."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), session)
+
+
+def test_the_page_about_the_market_says_everything(prepared):
+    for field in dataclasses.fields(MarketConfig):
+        assert f"`{field.name}`" in PAGES["docs/market.md"]
+
+
+@pytest.mark.parametrize("script", [file.name for file in (ROOT / "examples").glob("*.py")])
+def test_examples_run(script, tmp_path, monkeypatch, capsys):
+    """Each has a `main(folder, events, seconds)`."""
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tmp_path / "work", events=3000, seconds=1)
+    said = capsys.readouterr().out
+    assert re.search(r"  1\. \w+ \d+ \(category \d+\)\n       \w+ \w+ \d+, \d+% alike", said)
+
+
+# -- commands
+
+
+def lines_of(page: str) -> list[str]:
+    """What is typed in console blocks, joined where a line ends in a backslash; `$ ` tells it from output."""
+    found = []
+    for block in blocks(page, "console"):
+        lines = block.replace("\\\n", " ").splitlines()
+        typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        found += typed or lines
+    return found
+
+
+def commands_of(page: str) -> list[str]:
+    """`longretriever ...` of console blocks and in the text."""
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    spans = [" ".join(span.split()) for span in re.findall(r"`(longretriever\s[^`]+)`", prose)]
+    return [line for line in lines_of(page) if line.startswith("longretriever ")] + spans
+
+
+def words_of(line: str) -> list[str]:
+    """Without what the shell takes for itself."""
+    words = shlex.split(line, comments=True)[1:]
+    ends = [i for i, word in enumerate(words) if word in ("|", ">", "&&", ";", "2>")]
+    return words[: ends[0]] if ends else words
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
+def test_commands_and_options_exist(page):
+    for line in commands_of(page):
+        words = words_of(line)
+        command, given = (COMMANDS[words[0]], words[1:]) if words[0] in COMMANDS else (GROUP, words)
+        assert command is not GROUP or words[0] == "COMMAND" or words[0].startswith("-"), f"{page}: {line}"
+        known = {name for option in command.params for name in option.opts} | {"--help", "-h"}
+        for word in given:
+            assert not word.startswith("-") or word.split("=")[0] in known, f"{page}: {line}"
+
+
+@pytest.mark.parametrize("page", having("console"))
+def test_commands_in_console_blocks_can_be_given(page):
+    """Their values are of the right type, and nothing that is required is missing."""
+    for line in lines_of(page):
+        if line.startswith("longretriever "):
+            name, *words = words_of(line)
+            if name in COMMANDS:
+                COMMANDS[name].make_context(name, words)
+        elif made := re.match(r"make (\w+)", line):
+            assert re.search(rf"^{made[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_its_place_on_the_page(name):
+    sections = re.split(r"^## ", PAGES["docs/cli.md"], flags=re.MULTILINE)
+    (section,) = [s for s in sections if s.startswith(f"{name}\n")]
+    assert f"$ longretriever {name} " in section, "an example"
+    for option in COMMANDS[name].params:
+        if option.param_type_name == "option" and option.name != "help":
+            assert f"`{option.opts[0]}`" in section, f"{name} {option.opts[0]}"
+
+
+def test_every_setting_of_training_and_its_default_is_on_the_page():
+    for field in dataclasses.fields(TrainConfig):
+        assert f"| `{field.name}` | `{field.default!r}` |" in PAGES["docs/train.md"], field.name
+
+
+# -- links
+
+
+def anchors(page: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / file if file else ROOT / page
+        assert found.exists(), f"{page}: {target}"
+        if anchor and found.suffix == ".md":
+            assert anchor in anchors(str(found.resolve().relative_to(ROOT))), f"{page}: {target}"
