@@ -164,7 +164,6 @@ def train(
 ) -> None:
     """Train the two towers; goes on by itself where a killed training of the same settings stopped."""
     from longretriever.model.config import TrainConfig
-    from longretriever.saved import check_replaceable
     from longretriever.store.behaviors import Store
 
     torch_train = _training()
@@ -179,7 +178,6 @@ def train(
     }
     config = TrainConfig(encoder=encoder, seed=seed, **{k: v for k, v in given.items() if v is not None})
     opened = Store.open(store)
-    check_replaceable(path, "model")  # now, and not after hours
     with training_bar() as progress:
         at = torch_train(
             opened,

@@ -23,7 +23,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from longretriever.model.train import Tick
-    from longretriever.retrieve.retrieval import Retrieval
+    from longretriever.retrieve.retrieval import Reason, Retrieval
 
 out = Console()
 err = Console(stderr=True)
@@ -51,17 +51,11 @@ def day(seconds: float) -> str:
 
 
 def show_retrieval(answer: Retrieval, most: int) -> None:
-    """Print contexts and the first candidates, each with what spoke for it."""
-    contexts = Table(
-        title=f"Contexts asked for user {escape(str(answer.user_id))}", title_justify="left", box=None
-    )
-    for name, justify in (
-        ("category", "left"),
-        ("share", "right"),
-        ("behaviors", "right"),
-        ("candidates", "right"),
-    ):
-        contexts.add_column(name, justify=justify)  # type: ignore[arg-type]
+    """Print contexts and the first candidates, each with the behavior that spoke most for it."""
+    contexts = _grid(f"Contexts asked for user {answer.user_id}")
+    contexts.add_column("category")
+    for name in ("share of interest", "behaviors", "candidates"):
+        contexts.add_column(name, justify="right")
     for c in answer.contexts:
         contexts.add_row(
             escape(str(c.category_id)), f"{c.share:.1%}", f"{c.behaviors:,}", f"{c.candidates:,}"
@@ -73,35 +67,36 @@ def show_retrieval(answer: Retrieval, most: int) -> None:
             "or the rules left none."
         )
         return
-    grid = Table(
-        title=f"\nThe first {min(most, len(answer))} of {len(answer)} candidates",
-        title_justify="left",
-        box=None,
-    )
-    grid.add_column("#", justify="right")
-    grid.add_column("item", overflow="fold")
-    grid.add_column("category")
-    grid.add_column("score", justify="right")
-    grid.add_column("cosine", justify="right")
-    grid.add_column("because of", overflow="fold", style="dim")
+    candidates = _grid(f"\nThe first {min(most, len(answer))} of {len(answer)} candidates")
+    candidates.add_column("#", justify="right")
+    candidates.add_column("item", overflow="fold")
+    candidates.add_column("category")
+    candidates.add_column("score", justify="right")
+    candidates.add_column("because the user met", overflow="fold", style="dim")
     for found in answer.candidates[:most]:
-        because = ", ".join(
-            f"{_named(r.item_id, r.title)} {r.behavior} {day(r.timestamp)}".replace("  ", " ")
-            for r in found.reasons[:2]
-        )
-        grid.add_row(
+        candidates.add_row(
             str(found.rank),
             escape(_named(found.item_id, found.title)),
             escape(str(found.category_id)),
             f"{found.score:.2f}",
-            f"{found.cosine:.2f}",
-            escape(because),
+            escape("".join(_said(reason) for reason in found.reasons[:1])),
         )
-    out.print(grid)
+    out.print(candidates)
+
+
+def _grid(title: str) -> Table:
+    return Table(
+        title=escape(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+    )
 
 
 def _named(item_id: Any, title: str | None) -> str:
-    return f"{item_id} {title}" if title else str(item_id)
+    return title or str(item_id)
+
+
+def _said(reason: Reason) -> str:
+    kind = f"{reason.behavior}, " if reason.behavior else ""
+    return f"{_named(reason.item_id, reason.title)} ({kind}{day(reason.timestamp)})"
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_one_user_as_a_table(command):
     assert said.err == ""
     assert "Contexts asked for user 7" in said.out
     assert "The first 3 of " in said.out
-    assert "because of" in said.out
+    assert "because the user met" in said.out
 
 
 def test_one_user_as_json(command, workspace):

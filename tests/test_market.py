@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import tracemalloc
 from pathlib import Path
 
@@ -527,15 +526,3 @@ def test_unknown_numbers_are_refused(small: tuple[Market, Log]) -> None:
     stranger = int(market.items_of(1)[0])
     with pytest.raises(InputError, match="the history holds items of other categories than 0"):
         market.next_item(0, 0, market.config.end, [stranger])
-
-
-def test_the_page_about_the_market_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "market.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, {})
-    assert Market.load("market").config == MarketConfig.of_size(200_000, seed=1, string_ids=True)
-    for field in dataclasses.fields(MarketConfig):
-        assert f"`{field.name}`" in page

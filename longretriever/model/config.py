@@ -47,6 +47,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"minutes={self.minutes}: expected more than 0, or None for no bound.")
         if self.epochs is not None and self.epochs < 1:
             raise InputError(f"epochs={self.epochs}: expected 1 or more, or None to suit the log.")
         if self.step_samples is not None and self.step_samples < 1:

@@ -30,6 +30,7 @@ from longretriever.model.checkpoint import load_state, save_model, save_state
 from longretriever.model.config import TrainConfig
 from longretriever.model.loss import in_category_loss
 from longretriever.model.towers import ItemRows, Towers
+from longretriever.saved import check_replaceable
 from longretriever.store.behaviors import Store
 
 PREFETCH = 4  # steps that are read ahead while one is computed
@@ -196,6 +197,7 @@ def train(
     Raises `InputError` for a store that has nothing to learn from.
     """
     target = Path(out)
+    check_replaceable(target, "model")  # now, and not after hours of training
     work = target.with_name(f".{target.name}.training")
     run = Training(store, config, threads)
     if fresh:

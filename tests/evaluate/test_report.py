@@ -283,14 +283,3 @@ def test_the_best_of_a_column_is_bold(result: dict) -> None:
 def test_a_table_needs_a_model() -> None:
     with pytest.raises(InputError, match="no model in this result"):
         table({"data": {}, "models": {}})
-
-
-def test_the_page_of_the_docs_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
-    assert blocks
-    pyarrow.parquet.write_table(random_log(0, n=3000, items=120, span=5000), tmp_path / "events.parquet")
-    monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(blocks), str(DOCS), "exec"), {})
-    assert "recall@50" in capsys.readouterr().out

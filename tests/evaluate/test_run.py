@@ -112,7 +112,7 @@ def test_what_comes_before_the_cut_does_leave_a_trace(evaluated, tmp_path, monke
 def test_lists_hold_items_of_train_and_are_those_of_single_requests(tmp_path):
     """In a store with a future of new items, for users old and new, at moments before and after T."""
     rows = [
-        {**row, "item_id": 200 + i % 9, "category_id": 7} if i % 2 else row for i, row in enumerate(FUTURE)
+        {**row, "item_id": 200 + i % 9, "category_id": -7} if i % 2 else row for i, row in enumerate(FUTURE)
     ]
     run(with_future(rows), tmp_path)
     retriever = Retriever.load(tmp_path / "model", store=tmp_path / "full", interests=Top(20))

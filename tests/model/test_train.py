@@ -142,6 +142,11 @@ def test_it_stops_when_validation_no_longer_falls(tmp_path):
     assert at.best == int(np.argmax(at.validation))
 
 
+def test_a_wrong_place_is_refused_before_training(parity):
+    with pytest.raises(Mismatch, match="holds a saved store"):
+        train(parity, parity.path, TINY, progress=lambda tick: pytest.fail("it has begun"))
+
+
 def test_minutes_bound_it(parity, tmp_path):
     began = time.perf_counter()
     at = train(parity, tmp_path / "model", replace(TINY, epochs=10_000, minutes=0.03, patience=10_000))
@@ -177,6 +182,7 @@ def test_the_smallest_logs_train(tmp_path, log):
         ({"dim": 15}, "multiple"),
         ({"validation": 0.9}, "0.5"),
         ({"epochs": 0}, "epochs"),
+        ({"minutes": 0}, "minutes"),
     ],
 )
 def test_wrong_settings(wrong, message):
