@@ -389,7 +389,7 @@ def verify(
 def demo(
     path: Annotated[Path, typer.Option("--out", help="Folder to work in.")] = Path("demo"),
     events: Annotated[int, typer.Option(min=2_000, help="Behaviors of the simulated log.")] = 400_000,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Training at most.")] = 2.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training at most.")] = 1.5,
     seed: Seed = 0,
 ) -> None:
     """The whole way on a simulated market: log, store, model, index, quality, candidates with reasons."""
