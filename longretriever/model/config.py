@@ -19,7 +19,7 @@ class TrainConfig:
     dropout: float = 0.25
     context_length: int = 50  # L: behaviors of a context that the user tower reads
     recent_length: int = 20  # behaviors of any category that it also looks at
-    epochs: int | None = None  # at most; None: about 4,000 steps, at least 6 epochs and at most 30
+    epochs: int | None = None  # at most; None: about 4,000 steps, at least 5 epochs and at most 30
     minutes: float | None = None  # wall time at most; the rate falls to its end within it
     patience: int = 2  # epochs without a better validation loss before training stops
     validation: float = 0.02  # newest part of the events, held out
@@ -78,4 +78,4 @@ class TrainConfig:
 
     def epochs_for(self, samples: int, step_samples: int) -> int:
         """How many passes over so many samples: the first logs to learn from are small, and need more."""
-        return self.epochs or max(6, min(30, 4_000 * step_samples // max(samples, 1)))
+        return self.epochs or max(5, min(30, 4_000 * step_samples // max(samples, 1)))
