@@ -17,11 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longretriever.errors import Mismatch
-from longretriever.model.config import TrainConfig
 from longretriever.model.exported import INPUTS
 from longretriever.model.towers import Towers
 from longretriever.saved import Folder, opening, writing
-from longretriever.store.behaviors import Store
 
 if TYPE_CHECKING:
     from longretriever.model.train import Training
@@ -137,12 +135,3 @@ def export_user_tower(towers: Towers, dim: int, file: Path) -> None:
             dynamic_axes=axes,
             dynamo=False,
         )
-
-
-def load_towers(path: Path, store: Store) -> tuple[Towers, torch.Tensor, float]:
-    """The torch side of a saved model: towers in evaluation mode, item tokens [I, d], scale."""
-    manifest = opening(path, "model")
-    towers = Towers(store, TrainConfig(**manifest.facts["config"]))
-    towers.load_state_dict(load_file(path / "towers.safetensors"))
-    tokens = torch.from_numpy(np.array(manifest.load_array("item_token")))
-    return towers.eval(), tokens, float(manifest.facts["scale"])

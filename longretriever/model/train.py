@@ -202,7 +202,7 @@ def train(
     run = Training(store, config, threads)
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    elif work.exists():
+    elif (work / "latest").exists():  # not `work`: a run may be killed while it writes its first checkpoint
         load_state(work / "latest", run)
     saved_at = time.perf_counter()
 

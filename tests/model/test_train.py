@@ -111,6 +111,12 @@ def test_killed_and_resumed_ends_in_the_same_weights(parity, tmp_path):
     assert np.array_equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
+def test_killed_before_the_first_checkpoint_was_whole(parity, tmp_path):
+    (tmp_path / ".m.training" / ".latest.partial-1-00000000").mkdir(parents=True)
+    assert train(parity, tmp_path / "m", replace(TINY, epochs=1)).epoch == 1
+    assert not (tmp_path / ".m.training").exists()
+
+
 def _threads() -> str:
     import torch
 
