@@ -16,9 +16,12 @@ from longretriever.saved import package_version
 if TYPE_CHECKING:
     from longretriever.evaluate.run import evaluate_log
     from longretriever.market import Market, MarketConfig
-    from longretriever.model.config import TrainConfig
+    from longretriever.model.baselines.ebr import EbrConfig
+    from longretriever.model.baselines.mind import MindConfig
+    from longretriever.model.baselines.ulim import UlimConfig
+    from longretriever.model.config import PginConfig, TrainConfig
     from longretriever.model.train import train
-    from longretriever.retrieve.interests import Contexts, RandomInTop, Top
+    from longretriever.retrieve.interests import Contexts, Pgin, RandomInTop, Top
     from longretriever.retrieve.merge import probability, quota, round_robin, score
     from longretriever.retrieve.retrieval import Candidate, Retrieval
     from longretriever.retrieve.retriever import Retriever, index_model
@@ -29,9 +32,13 @@ if TYPE_CHECKING:
 _HOME = {
     "Candidate": "retrieve.retrieval",
     "Contexts": "retrieve.interests",
+    "EbrConfig": "model.baselines.ebr",
     "Life": "store.behaviors",
     "Market": "market",
     "MarketConfig": "market",
+    "MindConfig": "model.baselines.mind",
+    "Pgin": "retrieve.interests",
+    "PginConfig": "model.config",
     "RandomInTop": "retrieve.interests",
     "Retrieval": "retrieve.retrieval",
     "Retriever": "retrieve.retriever",
@@ -39,6 +46,7 @@ _HOME = {
     "Store": "store.behaviors",
     "Top": "retrieve.interests",
     "TrainConfig": "model.config",
+    "UlimConfig": "model.baselines.ulim",
     "evaluate_log": "evaluate.run",
     "index_model": "retrieve.retriever",
     "ingest": "store.ingest",
@@ -53,10 +61,14 @@ __version__ = package_version()
 __all__ = [
     "Candidate",
     "Contexts",
+    "EbrConfig",
     "Life",
     "LongRetrieverError",
     "Market",
     "MarketConfig",
+    "MindConfig",
+    "Pgin",
+    "PginConfig",
     "RandomInTop",
     "Retrieval",
     "Retriever",
@@ -64,6 +76,7 @@ __all__ = [
     "Store",
     "Top",
     "TrainConfig",
+    "UlimConfig",
     "__version__",
     "evaluate_log",
     "index_model",

@@ -1,4 +1,4 @@
-"""The commands, one for each stage: generate, ingest, train, index, retrieve, evaluate; demo runs them all.
+"""The commands, one for each stage: generate, ingest, train, index, retrieve, evaluate, experiment; and demo.
 
 Results go to stdout, as tables for people or, with `--json`, as one JSON object; progress goes to stderr.
 Exit codes: 0 done, 1 an error that is said in one line, 2 a wrong option, 130 stopped by Ctrl-C.
@@ -6,9 +6,10 @@ Exit codes: 0 done, 1 an error that is said in one line, 2 a wrong option, 130 s
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ import typer
 from rich.markup import escape
 
 from longretriever.console import bar, day, err, out, print_json, show, show_retrieval, spinner, training_bar
-from longretriever.errors import InputError, LongRetrieverError, MissingExtra
+from longretriever.errors import InputError, LongRetrieverError
 from longretriever.events import ITEM
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+experiment = typer.Typer(help="Compare systems, with intervals and tests.", no_args_is_help=True)
+app.add_typer(experiment, name="experiment")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
 Events = Annotated[
@@ -142,9 +145,13 @@ def ingest(
 def train(
     store: Annotated[Path, typer.Argument(help="Folder of the store.")],
     path: Annotated[Path, typer.Option("--out", help="Folder of the model.")],
+    method: Annotated[str, typer.Option(help="longretriever, ebr, mind or ulim.")] = "longretriever",
+    preset: Annotated[
+        str | None, typer.Option(help="paper: as published (longretriever, ebr), without what we added.")
+    ] = None,
     encoder: Annotated[
-        str, typer.Option(help="packed: every prefix in one pass. cls: the paper's, one sample a row.")
-    ] = "packed",
+        str | None, typer.Option(help="packed: every prefix in one pass. cls: the paper's, one sample a row.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="At most; stops early by itself.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall time at most.")] = None,
     dim: Annotated[int | None, typer.Option(min=2, help="Width of all vectors.")] = None,
@@ -156,18 +163,20 @@ def train(
     validation: Annotated[
         float | None, typer.Option(min=0, help="Newest share of the log, held out.")
     ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="To learn from at most.")] = None,
     threads: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished training.")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Between checkpoints.")] = 120,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train the two towers; goes on by itself where a killed training of the same settings stopped."""
-    from longretriever.model.config import TrainConfig
+    """Train a model; goes on by itself where a killed training of the same settings stopped."""
     from longretriever.store.behaviors import Store
 
     torch_train = _training()
     given: dict[str, Any] = {
+        "encoder": encoder,
+        "samples": samples,
         "epochs": epochs,
         "minutes": minutes,
         "dim": dim,
@@ -176,7 +185,7 @@ def train(
         "step_samples": step_samples,
         "validation": validation,
     }
-    config = TrainConfig(encoder=encoder, seed=seed, **{k: v for k, v in given.items() if v is not None})
+    config = _configured(method, preset, {**given, "seed": seed})
     opened = Store.open(store)
     with training_bar() as progress:
         at = torch_train(
@@ -199,6 +208,9 @@ def train(
         else "no held-out events",
         "ended because": at.finished,
     }
+    if at.interests:
+        gain, seconds = max(at.interests["validation"], default=None), at.interests["seconds"]
+        summary["next category"] = f"{seconds:.0f} s" + (f", {gain:.3f} nats below chance" if gain else "")
     show(facts, as_json, summary)
 
 
@@ -233,9 +245,12 @@ def retrieve(
         float | None, typer.Option(help="Unix seconds; only behaviors before count. Default: after the last.")
     ] = None,
     select: Annotated[
-        str, typer.Option(help="Contexts: random:N:M (N drawn from the top M) or top:N.")
-    ] = "random:5:20",
-    merge: Annotated[str, typer.Option(help="probability, quota, round-robin or score.")] = "probability",
+        str | None,
+        typer.Option(help="Contexts: pgin:K, top:N, or random:N:M (N of the top M). Default: the model's."),
+    ] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="probability, quota, round-robin or score. Default: the model's.")
+    ] = None,
     exclude_seen: Annotated[
         bool, typer.Option("--exclude-seen", help="Leave out what the user met.")
     ] = False,
@@ -247,6 +262,10 @@ def retrieve(
     ] = None,
     boost: Annotated[
         list[str] | None, typer.Option(metavar="CATEGORY=X", help="Factor on a category's share.")
+    ] = None,
+    returns: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share for items met before. Default: as the model judges."),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
     index: Annotated[Path | None, typer.Option(help="An index other than MODEL/index.")] = None,
@@ -275,6 +294,7 @@ def retrieve(
         threads=threads,
     )
     rules = _rules(retriever, exclude_seen, exclude_item, exclude_category, include_category, quota, boost)
+    rules = replace(rules, returns=returns)
     if user is not None:
         user_id = _as_id(user, retriever.store.user_ids.values.type)
         answer = retriever.retrieve(user_id, k, now=now, rng=seed, rules=rules)
@@ -297,14 +317,17 @@ def evaluate(
     items: Items = None,
     users: Users = None,
     models: Annotated[
-        str, typer.Option(help="Comma-separated.")
+        str, typer.Option(help="Comma-separated; ebr, mind, ulim, als and bm25 as well.")
     ] = "longretriever,recent,popular,popular-in-context",
     split: Annotated[float, typer.Option(help="Share of the events, by time, to learn from.")] = 0.9,
     k: Annotated[str, typer.Option("--k", help="Lengths of list, comma-separated.")] = "50,200,500",
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Training of each model at most.")] = None,
-    select: Annotated[str, typer.Option(help="Contexts of our model, see retrieve.")] = "top:20",
-    merge: Annotated[str, typer.Option(help="probability, quota, round-robin or score.")] = "probability",
-    encoder: Annotated[str, typer.Option(help="packed or cls, see train.")] = "packed",
+    select: Annotated[
+        str | None, typer.Option(help="Contexts of longretriever and ulim, see retrieve.")
+    ] = None,
+    merge: Annotated[str | None, typer.Option(help="Of longretriever and ulim, see retrieve.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of longretriever, see train.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Of longretriever, see train.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="At most.")] = None,
     column: Columns = None,
     item_column: ItemColumns = None,
@@ -324,19 +347,7 @@ def evaluate(
     config = None
     names = [name.strip() for name in models.split(",") if name.strip()]
     if "longretriever" in names:
-        _training()
-        from longretriever.model.config import TrainConfig
-
-        config = TrainConfig(encoder=encoder, seed=seed, **({"epochs": epochs} if epochs else {}))
-    reading = {
-        "columns": _pairs(column, "--column"),
-        "item_columns": _pairs(item_column, "--item-column"),
-        "user_columns": _pairs(user_column, "--user-column"),
-        "time_unit": time_unit,
-        "max_rejected": max_rejected,
-        "memory_limit": memory_limit,
-        "threads": threads,
-    }
+        config = _configured("longretriever", preset, {"encoder": encoder, "epochs": epochs, "seed": seed})
     with training_bar() as trained:
         result = evaluate_log(
             events,
@@ -351,8 +362,132 @@ def evaluate(
             interests=parse_interests(select),
             merge=_merge(merge),
             work=work,
-            reading=reading,
-            said=lambda line: err.print(f"[dim]{escape(line)}[/]", highlight=False),
+            reading=_reading(
+                column, item_column, user_column, time_unit, max_rejected, memory_limit, threads
+            ),
+            said=_say,
+            trained=trained,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        out.print(table(result))
+
+
+@experiment.command()
+def ablations(
+    events: Events,
+    path: Annotated[Path, typer.Option("--out", help="Folder for the report, and for what it is made of.")],
+    items: Items = None,
+    users: Users = None,
+    parts: Annotated[
+        str, typer.Option(help="Comma-separated: systems, paper, ours, ulim.")
+    ] = "systems,paper,ours,ulim",
+    only: Annotated[
+        list[str] | None, typer.Option(help="An arm to run, by its name; the default model is always run.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 3,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training of each model at most.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of each training at most.")] = None,
+    split: Annotated[float, typer.Option(help="Share of the events, by time, to learn from.")] = 0.9,
+    k: Annotated[str, typer.Option("--k", help="Lengths of list, comma-separated.")] = "50,200,500",
+    column: Columns = None,
+    item_column: ItemColumns = None,
+    user_column: UserColumns = None,
+    time_unit: TimeUnit = None,
+    max_rejected: MaxRejected = 0.01,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    seed: Seed = 1,
+    as_json: Json = False,
+) -> None:
+    """Train and compare the papers' systems and their ablations; writes report.html, .md and results.json."""
+    from longretriever.evaluate.ablations import PARTS, arms
+    from longretriever.evaluate.dossier import write
+    from longretriever.evaluate.experiment import main_metric
+    from longretriever.evaluate.experiment import run as run_plan
+    from longretriever.evaluate.page import need_extra
+
+    need_extra()
+    names = tuple(part.strip() for part in parts.split(",") if part.strip())
+    if not names or set(names) - set(PARTS):
+        raise InputError(f"--parts {parts}: expected some of {', '.join(PARTS)}.")
+    chosen = arms(names)
+    strange = set(only or ()) - {arm.name for arm in chosen}
+    if strange:
+        raise InputError(f"--only {strange.pop()}: expected one of {'; '.join(arm.name for arm in chosen)}.")
+    if only:
+        wanted = {chosen[0].name, *only}
+        chosen = [
+            arm if arm.against in wanted else replace(arm, against=None)
+            for arm in chosen
+            if arm.name in wanted
+        ]
+    chosen_k = [_integer(n, "--k") for n in k.split(",")]
+    with training_bar() as trained:
+        result = run_plan(
+            events,
+            chosen,
+            work=path / "work",
+            items=items,
+            users=users,
+            seeds=tuple(range(seed, seed + seeds)),
+            minutes=minutes,
+            samples=samples,
+            quantile=split,
+            k=chosen_k,
+            reading=_reading(
+                column, item_column, user_column, time_unit, max_rejected, memory_limit, threads
+            ),
+            said=_say,
+            trained=trained,
+            planned=lambda done, total: _say(f"{done} of {total} done"),
+            command=shlex.join(["longretriever", *sys.argv[1:]]),
+        )
+    written = write(result, path)
+    if as_json:
+        print_json(result)
+    else:
+        _show_arms(result["arms"], main_metric(chosen_k))
+        out.print("\nWritten: " + ", ".join(str(file) for file in written), highlight=False)
+    if result["failed"]:
+        for failure in result["failed"]:
+            err.print(f"[bold red]failed:[/] {escape(str(failure))}", highlight=False)
+        raise typer.Exit(1)
+
+
+@experiment.command()
+def leak(
+    events: Events,
+    items: Items = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training of each of the two.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of each training at most.")] = None,
+    split: Annotated[float, typer.Option(help="Share of the events, by time, to learn from.")] = 0.9,
+    column: Columns = None,
+    item_column: ItemColumns = None,
+    time_unit: TimeUnit = None,
+    max_rejected: MaxRejected = 0.01,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    work: Annotated[Path | None, typer.Option(help="Keep stores and models in this folder.")] = None,
+    seed: Seed = 1,
+    as_json: Json = False,
+) -> None:
+    """Does a model trained on mixed batches win them by taste, or by the category alone?"""
+    from longretriever.evaluate.leak import leak_log, table
+
+    _training()
+    with training_bar() as trained:
+        result = leak_log(
+            events,
+            items=items,
+            quantile=split,
+            minutes=minutes,
+            samples=samples,
+            seed=seed,
+            work=work,
+            reading=_reading(column, item_column, None, time_unit, max_rejected, memory_limit, threads),
+            said=_say,
             trained=trained,
         )
     if as_json:
@@ -399,34 +534,91 @@ def demo(
     run(path, events, minutes, seed, out)
 
 
+def _show_arms(arms: Mapping[str, Any], metric: str) -> None:
+    """The main figures, one line an arm; the report has the rest."""
+    from rich.table import Table
+
+    columns = [(p, part) for p in ("batch", "live") for part in ("all", "new")]
+    grid = Table(title=f"{metric}, mean over seeds", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    grid.add_column("")
+    for protocol, part in columns:
+        grid.add_column(f"{protocol}\n{part.upper()}", justify="right")
+    for name, figures in arms.items():
+        cells = [figures[protocol][part][metric] for protocol, part in columns]
+        grid.add_row(name, *["–" if c is None else f"{c:.3f}".removeprefix("0") for c in cells])
+    out.print(grid)
+
+
 # -- what options mean
 
 
-def parse_interests(text: str) -> Interests:
-    """`random:5:20` and `top:20` as interests."""
-    from longretriever.retrieve.interests import RandomInTop, Top
+def _reading(
+    column: list[str] | None,
+    item_column: list[str] | None,
+    user_column: list[str] | None,
+    time_unit: str | None,
+    max_rejected: float,
+    memory_limit: str | None,
+    threads: int | None,
+) -> dict[str, Any]:
+    """How a log is to be read, as `evaluate.run.read_split` takes it."""
+    return {
+        "columns": _pairs(column, "--column"),
+        "item_columns": _pairs(item_column, "--item-column"),
+        "user_columns": _pairs(user_column, "--user-column"),
+        "time_unit": time_unit,
+        "max_rejected": max_rejected,
+        "memory_limit": memory_limit,
+        "threads": threads,
+    }
 
+
+def _say(line: str) -> None:
+    err.print(f"[dim]{escape(line)}[/]", highlight=False)
+
+
+def parse_interests(text: str | None) -> Interests | None:
+    """`pgin:20`, `random:5:20` and `top:20` as interests; None, the model's own, for None."""
+    from longretriever.retrieve.interests import Pgin, RandomInTop, Top
+
+    if text is None:
+        return None
     name, *numbers = text.split(":")
     values = [_integer(n, "--select") for n in numbers]
     if name == "random" and len(values) == 2:
         return RandomInTop(*values)
     if name == "top" and len(values) == 1:
         return Top(*values)
-    raise InputError(f"--select {text}: expected random:N:M, such as random:5:20, or top:N, such as top:20.")
+    if name == "pgin" and len(values) == 1:
+        return Pgin(values[0])
+    raise InputError(f"--select {text}: expected pgin:K, random:N:M or top:N, such as pgin:20.")
 
 
-def _merge(name: str) -> Merge:
-    from longretriever.retrieve import merge
+def _merge(name: str | None) -> Merge | None:
+    from longretriever.retrieve.merge import MERGES
 
-    merges: dict[str, Merge] = {
-        "probability": merge.probability,
-        "quota": merge.quota,
-        "round-robin": merge.round_robin,
-        "score": merge.score,
-    }
-    if name not in merges:
-        raise InputError(f"--merge {name}: expected one of {', '.join(merges)}.")
-    return merges[name]
+    if name is not None and name not in MERGES:
+        raise InputError(f"--merge {name}: expected one of {', '.join(MERGES)}.")
+    return MERGES[name] if name else None
+
+
+def _configured(method: str, preset: str | None, given: Mapping[str, Any]) -> Any:
+    """The configuration of a method, with what options say; those that are None stay as they are."""
+    from longretriever.model.config import LEARNED, configuration
+
+    if method not in LEARNED:
+        raise InputError(f"--method {method}: expected one of {', '.join(LEARNED)}.")
+    config = configuration(method)
+    if preset is not None:
+        if preset != "paper" or not hasattr(config, "paper"):
+            raise InputError(f"--preset {preset} of {method}: expected paper, of longretriever or ebr.")
+        config = type(config).paper()
+    changes = {name: value for name, value in given.items() if value is not None}
+    strange = changes.keys() - vars(config).keys()
+    if strange:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(strange))
+        raise InputError(f"{names}: not an option of {method}. Leave it out.")
+    return replace(config, **changes)
 
 
 def _rules(
@@ -488,12 +680,11 @@ def _number(text: str, option: str) -> float:
 
 
 def _training() -> Callable[..., Any]:
-    try:
-        from longretriever.model.train import train as torch_train
-    except ImportError as error:
-        raise MissingExtra(
-            f"training needs PyTorch ({error}). Install it with `pip install 'longretriever[train]'`."
-        ) from error
+    from longretriever.model.config import need_torch
+
+    need_torch()
+    from longretriever.model.train import train as torch_train
+
     return torch_train
 
 

@@ -136,10 +136,11 @@ def training_bar() -> Iterator[Callable[[Tick], None]]:
         def show(tick: Tick) -> None:
             nonlocal task, recent
             at = tick.position
+            what = "" if tick.learning == "vectors" else "next category, "
             if tick.loss != tick.loss:  # an epoch has ended
                 gain = f", held out {tick.validation:.3f}" if tick.validation is not None else ""
                 progress.console.print(
-                    f"[dim]epoch {at.epoch}: {recent:.3f} nats below chance in training{gain}, "
+                    f"[dim]{what}epoch {at.epoch}: {recent:.3f} nats below chance in training{gain}, "
                     f"{tick.samples_per_second:,.0f} samples/s[/]",
                     highlight=False,
                 )
@@ -151,7 +152,7 @@ def training_bar() -> Iterator[Callable[[Tick], None]]:
             progress.update(
                 task,
                 completed=tick.share,
-                description=f"epoch {at.epoch + 1}: {recent:.2f} nats below chance, "
+                description=f"{what}epoch {at.epoch + 1}: {recent:.2f} nats below chance, "
                 f"{tick.samples_per_second:,.0f} samples/s",
             )
 

@@ -28,6 +28,9 @@ SAMPLE = 1024
 LARGE = 8
 """A category is large above this many times the sample (8,192 items): below, scanning it costs no more."""
 
+CORPUS = -1
+"""As a context: items of all categories."""
+
 _CHUNK = 1 << 16  # items: 16 MB of 64-dimensional float32
 _LISTS = "lists.faiss"
 
@@ -75,7 +78,8 @@ class Index:
     """A folder written by `build`, opened read-only; safe to search from several threads.
 
     category_start  [C+1] first item number of each category
-    sample_item     [S] sorted item numbers of the sample; ranges in `sample_start` [C+1]
+    sample_item     [S] item numbers of the sample, sorted within each of the ranges in `sample_start` [C+2]:
+                    one for each category, and one of the whole corpus
     sample_vector   [S, D] float32: converting from 16 bits would take most of `log_normaliser`'s time
     """
 
@@ -87,11 +91,11 @@ class Index:
         self.sample_start = manifest.load_array("sample_start", mmap=False)
         self.sample_item = manifest.load_array("sample_item")
         self.sample_vector = manifest.load_array("sample_vector")
-        self._faiss = _read_lists(manifest)
-        # Else FAISS starts threads at each search, to touch pages ahead.
-        faiss.downcast_InvertedLists(self._faiss.invlists).prefetch_nthread = 0
-        self.dimension: int = self._faiss.d
         self.n_items, self.n_categories = int(self.category_start[-1]), len(self.category_start) - 1
+        # How many lists a search visits is a property of the opened file, so there is one for each number.
+        self._faiss, self._all = _read_lists(manifest), _read_lists(manifest)
+        self._all.nprobe = self.n_categories
+        self.dimension: int = self._faiss.d
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Index:
@@ -102,6 +106,8 @@ class Index:
         self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k items nearest to each user vector within its own context, nearest first.
+
+        The context `CORPUS` asks for items of all categories, and costs a scan of all.
 
         Returns item numbers [N, k] (int64) and cosines [N, k] (float32), for user vectors of length 1. A
         category of fewer than k items is padded with item -1 and cosine -inf. Items of equal cosine come in
@@ -118,7 +124,14 @@ class Index:
             return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
         cosine_Nk = np.empty((len(user_ND), k), np.float32)
         item_Nk = np.empty((len(user_ND), k), np.int64)
-        self._faiss.search_preassigned(user_ND, k, context_N[:, None], None, D=cosine_Nk, I=item_Nk)
+        whole_N = context_N == CORPUS
+        every = np.tile(np.arange(self.n_categories), (int(whole_N.sum()), 1))
+        for lists, rows, wanted in (
+            (self._faiss, ~whole_N, context_N[~whole_N, None]),
+            (self._all, whole_N, every),
+        ):
+            if rows.any():
+                cosine_Nk[rows], item_Nk[rows] = lists.search_preassigned(user_ND[rows], k, wanted, None)
         cosine_Nk[item_Nk < 0] = -np.inf
         _order_ties(item_Nk, cosine_Nk)
         return item_Nk, cosine_Nk
@@ -149,8 +162,10 @@ class Index:
         self, user_D: np.ndarray, category: int, scale: float, item_k: np.ndarray, cosine_k: np.ndarray
     ) -> float:
         fetched, cosine = item_k[item_k >= 0], cosine_k[item_k >= 0]
-        size = int(self.category_start[category + 1] - self.category_start[category])
-        sample = slice(*self.sample_start[category : category + 2])  # empty unless the category is large
+        size, at = self.n_items, self.n_categories  # of the whole corpus
+        if category != CORPUS:
+            size, at = int(self.category_start[category + 1] - self.category_start[category]), category
+        sample = slice(*self.sample_start[at : at + 2])  # empty unless there are many items
         if len(fetched) < size and sample.start == sample.stop:
             cosine = self._all_cosines(user_D, category)
         if len(cosine) == 0:
@@ -167,7 +182,10 @@ class Index:
     def _all_cosines(self, user_D: np.ndarray, category: int) -> np.ndarray:
         """The cosine of every item of a category, in no order that matters."""
         every = -np.inf  # the radius
-        _, cosine, _ = self._faiss.range_search_preassigned(user_D[None], every, np.array([[category]]), None)
+        lists, wanted = self._faiss, np.array([[category]])
+        if category == CORPUS:
+            lists, wanted = self._all, np.arange(self.n_categories)[None]
+        _, cosine, _ = lists.range_search_preassigned(user_D[None], every, wanted, None)
         return cosine
 
 
@@ -200,7 +218,7 @@ class ExactIndex:
         for row, (user_D, category) in enumerate(zip(user_ND, context_N, strict=True)):
             cosine = self._cosines(user_D, category)
             best = np.argsort(-cosine, kind="stable")[:k]
-            item_Nk[row, : len(best)] = self.category_start[category] + best
+            item_Nk[row, : len(best)] = self._range(category)[0] + best
             cosine_Nk[row, : len(best)] = cosine[best]
         return item_Nk, cosine_Nk
 
@@ -226,8 +244,13 @@ class ExactIndex:
         )
 
     def _cosines(self, user_D: np.ndarray, category: int) -> np.ndarray:
-        start, stop = self.category_start[category : category + 2]
+        start, stop = self._range(category)
         return np.asarray(self.item_vectors_ID[start:stop], dtype=np.float32) @ user_D
+
+    def _range(self, category: int) -> tuple[int, int]:
+        if category == CORPUS:
+            return 0, self.n_items
+        return int(self.category_start[category]), int(self.category_start[category + 1])
 
 
 def _checked_starts(category_start: np.ndarray) -> np.ndarray:
@@ -280,13 +303,14 @@ def _chunks(item_vectors_ID: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.n
 def _choose_sample(
     category_start: np.ndarray, sample: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranges [C+1] and sorted item numbers [S]: `sample` items of each large category."""
+    """Ranges [C+2] and item numbers [S]: `sample` items of each large category, and of a large corpus."""
     if sample < 1:
         raise InputError(f"sample={sample}, expected at least 1.")
-    sizes = np.diff(category_start)
+    sizes = np.append(np.diff(category_start), category_start[-1])
+    first = np.append(category_start[:-1], 0)
     counts = np.where(sizes > LARGE * sample, sample, 0)
     chosen = [
-        category_start[c] + np.sort(rng.choice(sizes[c], sample, replace=False, shuffle=False))
+        first[c] + np.sort(rng.choice(sizes[c], sample, replace=False, shuffle=False))
         for c in np.flatnonzero(counts)
     ]
     return np.concatenate([[0], np.cumsum(counts)]), np.concatenate([np.empty(0, np.int64), *chosen])
@@ -306,8 +330,8 @@ def _encode(
     sample_vector = np.empty((len(sample_item), first.shape[1]), np.float32)
     for chunk in itertools.chain([first], chunks):
         done = lists.ntotal
-        low, high = np.searchsorted(sample_item, [done, done + len(chunk)])
-        sample_vector[low:high] = chunk[sample_item[low:high] - done]
+        here = np.flatnonzero((sample_item >= done) & (sample_item < done + len(chunk)))
+        sample_vector[here] = chunk[sample_item[here] - done]
         _add(lists, chunk, category_start)
         if progress is not None:
             progress(lists.ntotal, int(category_start[-1]))
@@ -347,6 +371,8 @@ def _read_lists(manifest: Manifest) -> faiss.IndexIVFScalarQuantizer:
             f"{file}: a {type(lists).__name__} of {found}, expected an IndexIVFScalarQuantizer of {wanted}. "
             f"{_again(manifest.path)}"
         )
+    # Else FAISS starts threads at each search, to touch pages ahead.
+    faiss.downcast_InvertedLists(lists.invlists).prefetch_nthread = 0
     return lists
 
 
@@ -370,10 +396,11 @@ def _checked_queries(
         )
     if not np.isfinite(user_ND).all():
         raise InputError("A user vector holds NaN or infinity, expected finite numbers.")
-    strange = context_N[(context_N < 0) | (context_N >= n_categories)]
+    strange = context_N[(context_N < CORPUS) | (context_N >= n_categories)]
     if len(strange):
         raise UnknownCategory(
-            f"context {strange[0]} is not in the index, which has categories 0 to {n_categories - 1}. "
+            f"context {strange[0]} is not in the index, which has categories 0 to {n_categories - 1} "
+            f"(and {CORPUS}: all). "
             "Use the index made from this store."
         )
     if k < 1:

@@ -26,13 +26,14 @@ import numpy as np
 
 from longretriever.errors import Damaged, Mismatch, NotSaved
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _HASHED_AT_OPEN = 1 << 20  # bytes: smaller files are always hashed, larger ones only by `verify`
 _MADE_BY = {
     "market": "longretriever generate",
     "store": "longretriever ingest",
     "model": "longretriever train",
+    "interests": "longretriever train",
     "checkpoint": "longretriever train",
     "index": "longretriever index",
 }
@@ -224,7 +225,9 @@ def _sha256(file: Path) -> str:
 
 
 def _fingerprint(files: dict[str, dict[str, Any]]) -> str:
-    lines = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
+    """Of all but the manifests of folders inside, which say when and how their files were made."""
+    names = sorted(name for name in files if Path(name).name != MANIFEST)
+    lines = "".join(f"{name} {files[name]['sha256']}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -278,8 +278,9 @@ def test_verify_finds_damage(command, workspace):
         (["--user", "Ann"], "user 'Ann' is not among the 40 users of .*integers, such as 0"),
         (
             ["--user", "7", "--select", "foo"],
-            "--select foo: expected random:N:M, such as random:5:20, or top:N",
+            "--select foo: expected pgin:K, random:N:M or top:N, such as pgin:20",
         ),
+        (["--user", "7", "--select", "pgin:0"], r"Pgin\(k=0\): expected more than 0"),
         (["--user", "7", "--select", "top:x"], "--select: 'x' is not a whole number"),
         (["--user", "7", "--select", "random:5:2"], r"RandomInTop\(n=5, m=2\): n of m are drawn"),
         (

@@ -12,15 +12,32 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from longretriever import Market, MarketConfig, Store, TrainConfig, index_model, ingest, train
+from longretriever import (
+    EbrConfig,
+    Market,
+    MarketConfig,
+    MindConfig,
+    PginConfig,
+    Store,
+    TrainConfig,
+    UlimConfig,
+    index_model,
+    ingest,
+    train,
+)
 from longretriever.cli import app
+from longretriever.model.config import VectorLearning
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
 }
 GROUP = typer.main.get_command(app)
-COMMANDS = GROUP.commands  # type: ignore[attr-defined]
+COMMANDS = {
+    " ".join(filter(None, (name, inner))): command
+    for name, group in GROUP.commands.items()  # type: ignore[attr-defined]
+    for inner, command in getattr(group, "commands", {"": group}).items()
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -104,11 +121,19 @@ def words_of(line: str) -> list[str]:
     return words[: ends[0]] if ends else words
 
 
+def called(words: list[str]) -> tuple[str, list[str]]:
+    """The name of the command, which may be of two words, and what follows; no name if there is none."""
+    for n in (2, 1):
+        if " ".join(words[:n]) in COMMANDS:
+            return " ".join(words[:n]), words[n:]
+    return "", words
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
 def test_commands_and_options_exist(page):
     for line in commands_of(page):
-        words = words_of(line)
-        command, given = (COMMANDS[words[0]], words[1:]) if words[0] in COMMANDS else (GROUP, words)
+        name, words = called(words_of(line))
+        command, given = (COMMANDS[name], words) if name else (GROUP, words)
         assert command is not GROUP or words[0] == "COMMAND" or words[0].startswith("-"), f"{page}: {line}"
         known = {name for option in command.params for name in option.opts} | {"--help", "-h"}
         for word in given:
@@ -120,8 +145,8 @@ def test_commands_in_console_blocks_can_be_given(page):
     """Their values are of the right type, and nothing that is required is missing."""
     for line in lines_of(page):
         if line.startswith("longretriever "):
-            name, *words = words_of(line)
-            if name in COMMANDS:
+            name, words = called(words_of(line))
+            if name:
                 COMMANDS[name].make_context(name, words)
         elif made := re.match(r"make (\w+)", line):
             assert re.search(rf"^{made[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
@@ -139,7 +164,22 @@ def test_every_option_has_its_place_on_the_page(name):
 
 def test_every_setting_of_training_and_its_default_is_on_the_page():
     for field in dataclasses.fields(TrainConfig):
-        assert f"| `{field.name}` | `{field.default!r}` |" in PAGES["docs/train.md"], field.name
+        assert f"| `{field.name}` | `{said(field.default)}` |" in PAGES["docs/train.md"], field.name
+
+
+@pytest.mark.parametrize("config", [PginConfig, EbrConfig, MindConfig, UlimConfig])
+def test_every_setting_of_a_method_and_its_default_is_on_the_page(config):
+    common = {field.name for field in dataclasses.fields(VectorLearning)}
+    (section,) = re.findall(
+        rf"field of `{config.__name__}`.*?(?=^## |\Z)", PAGES["docs/methods.md"], re.S | re.M
+    )
+    for field in dataclasses.fields(config):
+        if field.name not in common:
+            assert f"| `{field.name}` | `{said(field.default)}` |" in section, field.name
+
+
+def said(default: object) -> str:
+    return f"{type(default).__name__}()" if dataclasses.is_dataclass(default) else repr(default)
 
 
 # -- links

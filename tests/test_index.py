@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longretriever.errors import Damaged, InputError, Mismatch, NotSaved, UnknownCategory
-from longretriever.index import ExactIndex, Index, build
+from longretriever.index import CORPUS, ExactIndex, Index, build
 from longretriever.saved import writing
 
 D = 64
 SIZES = np.array([0, 1, 3, 40, 0, 200, 1500, 0])
 START = np.concatenate([[0], np.cumsum(SIZES)])
-SAMPLE = 100  # large: over 800 items, so only category 6
+SAMPLE = 100  # large: over 800 items, so only category 6, and the corpus
+EVERY = np.array([CORPUS, *range(len(SIZES))])  # contexts
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -64,7 +65,7 @@ def exact(vectors: np.ndarray) -> ExactIndex:
 
 
 def test_search_finds_what_brute_force_finds(index: Index, exact: ExactIndex) -> None:
-    users, contexts = random_vectors(400, seed=1), np.arange(400) % len(SIZES)
+    users, contexts = random_vectors(405, seed=1), np.tile(EVERY, 45)
     item, cosine = index.search(users, contexts, 100)
     true_item, true_cosine = exact.search(users, contexts, 100)
     hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(item, true_item, strict=True))
@@ -74,15 +75,38 @@ def test_search_finds_what_brute_force_finds(index: Index, exact: ExactIndex) ->
 
 
 def test_a_row_holds_only_items_of_its_context_best_first(index: Index) -> None:
-    users = random_vectors(len(SIZES), seed=2)
-    item, cosine = index.search(users, np.arange(len(SIZES)), 50)
-    for c, size in enumerate(SIZES):
-        n = min(size, 50)
-        assert ((item[c, :n] >= START[c]) & (item[c, :n] < START[c + 1])).all()
-        assert len(set(item[c, :n])) == n
-        assert (item[c, n:] == -1).all()
-        assert (cosine[c, n:] == -np.inf).all()
-        assert (np.diff(cosine[c, :n]) <= 0).all()
+    users = random_vectors(len(EVERY), seed=2)
+    item, cosine = index.search(users, EVERY, 50)
+    for row, c in enumerate(EVERY):
+        low, high = (0, START[-1]) if c == CORPUS else START[c : c + 2]
+        n = min(high - low, 50)
+        assert ((item[row, :n] >= low) & (item[row, :n] < high)).all()
+        assert len(set(item[row, :n])) == n
+        assert (item[row, n:] == -1).all()
+        assert (cosine[row, n:] == -np.inf).all()
+        assert (np.diff(cosine[row, :n]) <= 0).all()
+
+
+def test_a_row_does_not_change_with_the_others_of_its_call(index: Index) -> None:
+    """Whatever contexts they ask, all items among them, and in whatever order."""
+    users = random_vectors(len(EVERY), seed=11)
+    item, cosine = index.search(users, EVERY, 2000)
+    for order in (np.arange(len(EVERY))[::-1], np.array([0]), np.array([3, 0, 7, 0]), np.array([6, 2])):
+        again, at = index.search(users[order], EVERY[order], 2000)
+        np.testing.assert_array_equal(again, item[order])
+        np.testing.assert_array_equal(at, cosine[order])
+
+
+def test_the_corpus_is_all_categories_together(index: Index) -> None:
+    users = random_vectors(5, seed=12)
+    item, cosine = index.search(users, np.full(5, CORPUS), 2000)
+    for row, user in enumerate(users):
+        parts = index.search(np.tile(user, (len(SIZES), 1)), np.arange(len(SIZES)), 2000)
+        flat_item, flat_cosine = (part[parts[0] >= 0] for part in parts)
+        best = np.lexsort((flat_item, -flat_cosine))
+        np.testing.assert_array_equal(item[row, : START[-1]], flat_item[best])
+        np.testing.assert_array_equal(cosine[row, : START[-1]], flat_cosine[best])
+        assert (item[row, START[-1] :] == -1).all()
 
 
 def test_contexts_may_repeat_and_there_may_be_none(index: Index, exact: ExactIndex) -> None:
@@ -107,20 +131,23 @@ def test_of_equal_cosines_the_lower_number_comes_first(
     corners = rng.choice([-entry, entry], (start[-1], 8)).astype(np.float32)
     path = tmp_path_factory.mktemp("ties") / "index"
     build(corners, start, path, made_from={})
-    users, contexts = rng.choice([-1.0, 1.0], (4, 8)), rng.integers(len(sizes), size=4)
+    users, contexts = rng.choice([-1.0, 1.0], (4, 8)), rng.integers(CORPUS, len(sizes), size=4)
     item, cosine = Index.open(path).search(users, contexts, k)
     true_item, true_cosine = ExactIndex(corners, start).search(users, contexts, k)
     np.testing.assert_allclose(cosine, true_cosine, rtol=1e-6)
     for row, c in enumerate(contexts):
-        n = min(k, sizes[c])
+        size = start[-1] if c == CORPUS else sizes[c]
+        n = min(k, size)
+        if n == 0:
+            continue
         got = np.round(cosine[row, :n] / entry)  # small integers
-        inside = got > got[-1] if sizes[c] > k else got < np.inf  # a tie for the last place is anyone's
+        inside = got > got[-1] if size > k else got < np.inf  # a tie for the last place is anyone's
         np.testing.assert_array_equal(item[row, :n][inside], true_item[row, :n][inside])
         assert (np.diff(item[row, :n])[np.diff(got) == 0] > 0).all()
 
 
 def test_threads_share_an_index(index: Index) -> None:
-    users, contexts = random_vectors(64, seed=4), np.arange(64) % len(SIZES)
+    users, contexts = random_vectors(64, seed=4), np.resize(EVERY, 64)
     alone = [index.search(u[None], np.array([c]), 20)[0] for u, c in zip(users, contexts, strict=True)]
     barrier = threading.Barrier(4)
 
@@ -142,7 +169,7 @@ def test_threads_share_an_index(index: Index) -> None:
 def test_log_normaliser_is_exact_in_categories_that_are_not_large(
     index: Index, exact: ExactIndex, k: int, scale: float
 ) -> None:
-    contexts = np.array([c for c in range(len(SIZES)) if c != 6] * 5)
+    contexts = np.array([c for c in range(len(SIZES)) if c != 6] * 5)  # the corpus is large, too
     users = random_vectors(len(contexts), seed=5)
     found = index.search(users, contexts, k)
     estimate = index.log_normaliser(users, contexts, scale, *found)
@@ -153,9 +180,25 @@ def test_log_normaliser_is_exact_in_categories_that_are_not_large(
     np.testing.assert_allclose(estimate[~empty], truth[~empty], atol=1e-3 * scale)
 
 
+def test_log_normaliser_of_a_corpus_that_is_not_large_is_exact(
+    vectors: np.ndarray, exact: ExactIndex, tmp_path: Path
+) -> None:
+    build(vectors, START, tmp_path / "index", made_from={})  # of 1,024 items and not of 100 is the sample
+    index, users = Index.open(tmp_path / "index"), random_vectors(len(EVERY), seed=13)
+    assert len(index.sample_item) == 0
+    for k in (1, 30, 2000):
+        found = index.search(users, EVERY, k)
+        estimate = index.log_normaliser(users, EVERY, 20.0, *found)
+        truth = exact.log_normaliser(users, EVERY, 20.0, *found)
+        filled = np.isfinite(truth)
+        assert filled.sum() == 6
+        np.testing.assert_array_equal(filled, np.isfinite(estimate))
+        np.testing.assert_allclose(estimate[filled], truth[filled], atol=0.02)
+
+
 def test_probabilities_of_a_category_sum_to_one(index: Index) -> None:
-    users, contexts = random_vectors(2, seed=6), np.array([5, 6])
-    item, cosine = index.search(users, contexts, 1500)
+    users, contexts = random_vectors(3, seed=6), np.array([5, 6, CORPUS])
+    item, cosine = index.search(users, contexts, 1744)
     log_prob = 20 * cosine - index.log_normaliser(users, contexts, 20.0, item, cosine)[:, None]
     np.testing.assert_allclose(np.exp(log_prob).sum(axis=1), 1, rtol=1e-6)
 
@@ -172,6 +215,39 @@ def test_log_normaliser_of_a_large_category_is_unbiased_over_samples(tmp_path: P
     standard_error = np.std(estimates) / np.sqrt(200)
     assert 0 < standard_error < 0.01 * truth
     assert abs(np.mean(estimates) - truth) < 4 * standard_error + 1e-3 * truth  # 16-bit vectors
+
+
+def test_log_normaliser_of_a_large_corpus_is_unbiased_over_samples(tmp_path: Path) -> None:
+    """Of categories of which none is large: the corpus has a sample of its own."""
+    items, users = random_vectors(600, seed=14), random_vectors(15, seed=15)
+    start, contexts = np.array([0, 0, 150, 300, 440, 599, 600]), np.full(15, CORPUS)
+    exact = ExactIndex(items, start)
+    ratios = []
+    for seed in range(60):
+        build(items, start, tmp_path / "index", made_from={}, sample=20, seed=seed)
+        index = Index.open(tmp_path / "index")
+        assert len(index.sample_item) == 20
+        found = index.search(users, contexts, 50)
+        estimate = index.log_normaliser(users, contexts, 10.0, *found)
+        ratios.append(np.exp(estimate - exact.log_normaliser(users, contexts, 10.0, *found)))
+    standard_error = np.std(ratios, axis=0) / np.sqrt(60)
+    assert (standard_error > 1e-3).all(), "it is an estimate, made from other items each time"
+    assert (standard_error < 0.03).all()
+    assert (abs(np.mean(ratios, axis=0) - 1) < 4 * standard_error + 1e-3).all()  # 16-bit vectors
+
+
+def test_a_corpus_and_a_category_have_samples_of_their_own(index: Index, exact: ExactIndex) -> None:
+    assert np.diff(index.sample_start).tolist() == [0, 0, 0, 0, 0, 0, SAMPLE, 0, SAMPLE]
+    of_category, of_corpus = index.sample_item[:SAMPLE], index.sample_item[SAMPLE:]
+    assert ((of_category >= START[6]) & (of_category < START[7])).all()
+    assert (of_corpus < START[6]).any()
+    np.testing.assert_array_equal(index.sample_vector, exact.item_vectors_ID[index.sample_item])
+    users, contexts = random_vectors(40, seed=16), np.resize([CORPUS, 5, 6], 40)
+    found = index.search(users, contexts, 100)
+    estimate = index.log_normaliser(users, contexts, 10.0, *found)
+    error = estimate - exact.log_normaliser(users, contexts, 10.0, *found)
+    assert abs(error[contexts == 5]).max() < 0.01
+    assert 0.001 < np.sqrt(np.mean(error[contexts != 5] ** 2)) < 0.1
 
 
 def test_log_normaliser_is_close_where_scores_are_peaked(tmp_path: Path) -> None:
@@ -280,8 +356,8 @@ def test_other_bad_arguments(tmp_path: Path) -> None:
         (np.ones((2, 7)), [0, 1], 5, InputError, r"shape \(2, 7\), expected \[N, 64\]"),
         (np.ones(64), [0], 5, InputError, r"shape \(64,\), expected \[N, 64\]"),
         (np.ones((2, 64)), [0], 5, InputError, r"\(1,\) contexts for 2 user vectors"),
-        (np.ones((1, 64)), [8], 5, UnknownCategory, r"context 8 is not in the index, .* categories 0 to 7"),
-        (np.ones((1, 64)), [-1], 5, UnknownCategory, r"context -1 is not in the index"),
+        (np.ones((1, 64)), [8], 5, UnknownCategory, r"context 8 is .* categories 0 to 7 \(and -1: all\)"),
+        (np.ones((2, 64)), [-1, -2], 5, UnknownCategory, r"context -2 is not in the index"),
         (np.full((1, 64), np.nan), [1], 5, InputError, r"NaN or infinity"),
         (np.ones((1, 64)), [1], 0, InputError, r"k=0, expected at least 1"),
     ],

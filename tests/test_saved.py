@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from longretriever import saved
 from longretriever.errors import Damaged, Mismatch, NotSaved
-from longretriever.saved import MANIFEST, kind_of, opening, writing
+from longretriever.saved import FORMAT, MANIFEST, kind_of, opening, writing
 
 BIG = np.arange(1 << 18)  # 2 MiB: hashed by `verify` only
 
@@ -58,6 +59,23 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         opening(write(tmp_path / name, v), "store").fingerprint for name, v in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_fingerprint_of_a_folder_with_another_inside_is_of_the_content_of_both(tmp_path):
+    """Not of what the manifest inside says of when and how long, though it is watched as any file."""
+    prints = []
+    for value, seconds in ((1, 5), (1, 6), (2, 5)):
+        with writing(tmp_path / "inner", "interests") as inner:
+            inner.save_array("weights", np.full(3, value))
+            inner.facts["seconds"] = seconds
+        with writing(tmp_path / "outer", "model") as outer:
+            shutil.copytree(tmp_path / "inner", outer.path / "interests")
+        prints.append(opening(tmp_path / "outer", "model").fingerprint)
+        assert opening(tmp_path / "outer" / "interests", "interests").facts == {"seconds": seconds}
+    assert prints[0] == prints[1] != prints[2]
+    edited(tmp_path / "outer" / "interests", facts={"seconds": 7})
+    with pytest.raises(Damaged, match=r"interests/manifest\.json: \d+ bytes, expected \d+"):
+        opening(tmp_path / "outer", "model")
 
 
 def test_an_error_leaves_the_old_one_or_nothing(tmp_path):
@@ -261,10 +279,12 @@ def edited(path: Path, **changes: object) -> Path:
 
 
 def test_a_manifest_of_another_format(tmp_path):
-    """Also one whose other fields are not what this version expects."""
-    for changes in ({"format": 99}, {"format": 99, "facts": None, "files": ["small.npy"]}):
+    """Of an older version or a later one; also one whose other fields are not what this version expects."""
+    assert json.loads((write(tmp_path / "store") / MANIFEST).read_text())["format"] == FORMAT == 2
+    for changes in ({"format": 1}, {"format": 99}, {"format": 99, "facts": None, "files": ["small.npy"]}):
         path = edited(write(tmp_path / "store"), **changes)
-        with pytest.raises(Mismatch, match="has format 99, this version reads format 1"):
+        says = f"has format {changes['format']}, this version reads format 2.*`longretriever ingest`"
+        with pytest.raises(Mismatch, match=says):
             opening(path, "store")
 
 

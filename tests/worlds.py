@@ -41,6 +41,14 @@ def parity_log(seed=0, users=60, categories=3, items=12, visits=25) -> pa.Table:
     return table(user, item, category, time)
 
 
+def once_log(seed: int, events=240, users=5, categories=4, times: int | None = 90) -> pa.Table:
+    """Each item occurs once, so it says which event it is; `times=None`: no two events at one time."""
+    rng = np.random.default_rng(seed)
+    item = rng.permutation(events)
+    time = rng.permutation(events) if times is None else rng.integers(0, times, events)
+    return table(rng.integers(0, users, events), item, item % categories, START + time * 1000)
+
+
 def random_log(seed: int, events=300, users=8, items=20, categories=4, times=60) -> pa.Table:
     """No pattern, many equal times, several events of one item."""
     rng = np.random.default_rng(seed)

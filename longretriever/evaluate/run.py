@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longretriever.errors import InputError, Mismatch, MissingExtra
+from longretriever.errors import InputError, Mismatch
+from longretriever.evaluate.collaborative import ALS, BM25
 from longretriever.evaluate.report import evaluate
 from longretriever.evaluate.rivals import Lists, Popular, PopularInContext, Recent, Recommender
 from longretriever.evaluate.split import Split, split
 from longretriever.events import CATEGORY, ITEM
-from longretriever.retrieve.interests import Interests, Top
-from longretriever.retrieve.merge import Merge, probability
+from longretriever.model.config import LEARNED, configuration, need_torch
+from longretriever.model.warm import need_implicit
+from longretriever.retrieve.interests import Interests
+from longretriever.retrieve.merge import Merge
 from longretriever.retrieve.retriever import BATCH, Retriever, index_model
 from longretriever.retrieve.rules import Rules
+from longretriever.saved import opening
 from longretriever.store.behaviors import Store
 from longretriever.store.ingest import ingest, read_events, read_table
 
@@ -36,7 +41,9 @@ if TYPE_CHECKING:
     from longretriever.model.config import TrainConfig
     from longretriever.model.train import Tick
 
-MODELS = ("longretriever", "recent", "popular", "popular-in-context")
+USUAL = ("longretriever", "recent", "popular", "popular-in-context")
+"""What is compared unless asked otherwise; of the other `MODELS`, the last two need `implicit`."""
+MODELS = (*LEARNED, *USUAL[1:], "als", "bm25")
 
 
 class Retrieved:
@@ -67,14 +74,14 @@ def evaluate_log(
     *,
     items: Any = None,
     users: Any = None,
-    models: Sequence[str] = MODELS,
+    models: Sequence[str] = USUAL,
     quantile: float = 0.9,
     k: Sequence[int] = (50, 200, 500),
     seed: int = 1,
     minutes: float | None = None,
     config: TrainConfig | None = None,
     interests: Interests | None = None,
-    merge: Merge = probability,
+    merge: Merge | None = None,
     work: str | os.PathLike[str] | None = None,
     reading: Mapping[str, Any] | None = None,
     said: Callable[[str], None] | None = None,
@@ -83,47 +90,48 @@ def evaluate_log(
     """Evaluate models by name on one log; the dict of `report.evaluate`.
 
     `events`, `items`, `users` and the options in `reading` are those of `ingest`. `minutes` bounds the
-    training of each model. Our model asks the 20 contexts of highest Equation 3 unless `interests` says
-    otherwise: the same number as the rival "popular-in-context". `seed` draws the requests, and trains unless
-    `config` has its own; `minutes` overrides those of `config`. Stores and model stay in `work` if it is
-    given, and a call of the same settings goes on from an unfinished training there. `said` is told what goes
-    on, `trained` each step of training.
+    training of each model. `interests` and `merge` are for LongRetriever and ULIM, whose own are the 20
+    likeliest contexts and probability. `config` is LongRetriever's. `seed` draws the requests, and trains
+    unless `config` has its own; `minutes` overrides those of `config`. Stores and models stay in `work` if it
+    is given, and a call of the same settings goes on from an unfinished training there. `said` is told what
+    goes on, `trained` each step of training.
 
-    Raises `InputError` for an unknown model, `EventsError` for a log that cannot be read or cut.
+    Raises `InputError` for an unknown model, `MissingExtra` for one whose library is not installed,
+    `EventsError` for a log that cannot be read or cut.
     """
     strange = [name for name in models if name not in MODELS]
     if strange or not models:
         raise InputError(f"models {strange or list(models)}: expected some of {', '.join(MODELS)}.")
-    if min(k, default=0) < 1:  # before anything is trained
+    if {"als", "bm25"} & set(models):  # this and the next: before anything is trained
+        need_implicit()
+    if min(k, default=0) < 1:
         raise InputError(f"k is {list(k)}, expected at least one list length of 1 or more, such as 50.")
     say = said or (lambda _: None)
     reading = dict(reading or {})
     with nullcontext(str(work)) if work else tempfile.TemporaryDirectory(prefix="longretriever-") as folder:
         say("reading the log")
-        log = read_events(events, items=items, **_only(reading, _READ))
-        cut = split(log, quantile)
+        cut, tables = read_split(events, items, users, quantile, reading)
         say(f"{cut.full.num_rows:,} events after the filter, {cut.train.num_rows:,} of them to learn from")
-        tables = _side_tables(cut, items, users, reading)
-        full = _store(cut.full, Path(folder) / "full", tables, reading)
+        full = store_of(cut.full, Path(folder) / "full", tables, reading)
         recommenders: dict[str, Recommender] = {}
         for name in models:
             say(f"{name}: learning")
-            if name == "longretriever":
-                train_store = _store(cut.train, Path(folder) / "train", tables, reading)
-                settings = _settings(config, minutes, seed)
-                recommenders[name] = _ours(
-                    train_store,
-                    full,
-                    Path(folder) / "model",
-                    settings,
-                    interests or Top(20),
-                    merge,
-                    seed,
-                    trained,
-                    reading.get("threads"),
+            if name in LEARNED:
+                train_store = store_of(cut.train, Path(folder) / "train", tables, reading)
+                settings = replace(configuration(name), seed=seed)
+                if config and name == "longretriever":
+                    settings = config
+                if minutes is not None:
+                    settings = replace(settings, minutes=minutes)
+                path = Path(folder) / ("model" if name == "longretriever" else name)
+                facts = learn(train_store, path, settings, trained, reading.get("threads"))
+                own = name not in ("longretriever", "ulim")  # asks no contexts, so there is nothing to choose
+                retriever = Retriever.load(
+                    path, store=full.path, interests=interests, merge=None if own else merge
                 )
+                recommenders[name] = Retrieved(retriever, facts, seed)
             else:
-                recommenders[name] = _rival(name, full, cut.T)
+                recommenders[name] = counted(_rival(name, seed, reading.get("threads")), full, cut.T)
         return evaluate(full, cut, recommenders, k, seed, say)
 
 
@@ -135,45 +143,48 @@ def _only(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
-def _settings(config: TrainConfig | None, minutes: float | None, seed: int) -> TrainConfig:
-    from longretriever.model.config import TrainConfig
+def _rival(name: str, seed: int, threads: int | None) -> Callable[[Store, int], Recommender]:
+    makers: dict[str, Callable[[Store, int], Recommender]] = {
+        "recent": Recent,
+        "popular": Popular,
+        "popular-in-context": PopularInContext,
+        "als": partial(ALS, seed=seed, threads=threads),
+        "bm25": partial(BM25, threads=threads),
+    }
+    return makers[name]
 
-    config = config or TrainConfig(seed=seed)
-    return config if minutes is None else replace(config, minutes=minutes)
 
-
-def _rival(name: str, full: Store, T: int) -> Recommender:
+def counted(rival: Callable[[Store, int], Recommender], full: Store, T: int) -> Recommender:
+    """A rival that has counted what it needs; its `facts` say how long that took."""
     began = time.perf_counter()
-    rival = {"recent": Recent, "popular": Popular, "popular-in-context": PopularInContext}[name](full, T)
-    rival.facts = {**getattr(rival, "facts", {}), "train_seconds": round(time.perf_counter() - began, 3)}
-    return rival
+    made: Any = rival(full, T)
+    made.facts = {**getattr(made, "facts", {}), "train_seconds": round(time.perf_counter() - began, 3)}
+    return made
 
 
-def _ours(
+def learn(
     train_store: Store,
-    full: Store,
     path: Path,
-    config: TrainConfig,
-    interests: Interests,
-    merge: Merge,
-    seed: int,
-    trained: Callable[[Tick], None] | None,
-    threads: int | None,
-) -> Retrieved:
-    try:
-        from longretriever.model.train import train
-    except ImportError as error:
-        raise MissingExtra(
-            f"training needs PyTorch ({error}). Install it with `pip install 'longretriever[train]'`."
-        ) from error
+    config: Any,
+    trained: Callable[[Tick], None] | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Train a model of this configuration at `path` and index it; returns how training went.
+
+    Goes on from an unfinished training of the same settings there, and discards one of others.
+    """
+    need_torch()
+    from longretriever.model.train import train
+
     try:
         at = train(train_store, path, config, progress=trained, threads=threads)
     except Mismatch:  # an unfinished training of other settings or another log: of no use here
         at = train(train_store, path, config, progress=trained, threads=threads, fresh=True)
     index_model(path)
-    retriever = Retriever.load(path, store=full.path, interests=interests, merge=merge)
-    facts = {
-        "train_seconds": round(at.seconds, 1),
+    parameters = opening(path, "model").facts["parameters"]
+    seconds = at.seconds + (at.interests["seconds"] if at.interests else 0.0)
+    return {
+        "train_seconds": round(seconds, 1),
         "samples_per_second": round(at.samples / max(at.seconds, 1e-9), 1),
         "training": {
             "samples": at.samples,
@@ -181,10 +192,20 @@ def _ours(
             "waiting_share": round(at.waiting / max(at.seconds, 1e-9), 4),
             "padded_share": round(1 - at.tokens / max(at.padded, 1), 4),
             "validation": [round(v, 4) for v in at.validation],
+            "curve": [[round(s, 1), n, round(v, 4)] for s, n, v in at.curve],
             "ended": at.finished,
+            "interests_seconds": round(seconds - at.seconds, 1),
         },
+        "parameters": parameters,
     }
-    return Retrieved(retriever, facts, seed)
+
+
+def read_split(
+    events: Any, items: Any, users: Any, quantile: float, reading: Mapping[str, Any]
+) -> tuple[Split, dict[str, pa.Table]]:
+    """A log cut at T, and the items and users tables that go into its stores (see `store_of`)."""
+    cut = split(read_events(events, items=items, **_only(reading, _READ)), quantile)
+    return cut, _side_tables(cut, items, users, reading)
 
 
 def _side_tables(cut: Split, items: Any, users: Any, reading: Mapping[str, Any]) -> dict[str, pa.Table]:
@@ -202,7 +223,10 @@ def _side_tables(cut: Split, items: Any, users: Any, reading: Mapping[str, Any])
     return tables
 
 
-def _store(events: pa.Table, out: Path, tables: Mapping[str, pa.Table], reading: Mapping[str, Any]) -> Store:
+def store_of(
+    events: pa.Table, out: Path, tables: Mapping[str, pa.Table], reading: Mapping[str, Any]
+) -> Store:
+    """A part of a split, ingested to `out` with the tables of `read_split`."""
     tables = dict(tables)
     if "items" in tables:  # an item that does not occur in this part must not get a number
         tables["items"] = tables["items"].filter(

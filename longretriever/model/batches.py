@@ -6,6 +6,9 @@ a buffer is full or has waited too long; so no batch mixes categories (LongRetri
 small category starves and none is dropped. A step carries several batches, each with a softmax of its own:
 that keeps every negative inside the target's category and the processor busy even where categories are small.
 
+What the papers compare with differs in two switches of `Sampling`: `along="life"` lets a sample look back on
+behaviors of any category, and `mixed` lets items of any category compete.
+
 Everything here is NumPy on slices of the memory-mapped store: memory does not grow with the length of lives.
 
 B rows, N behaviors of a row, S samples, R recent behaviors, P profile fields, U distinct items of a step.
@@ -17,11 +20,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from longretriever.store.behaviors import Store
+from longretriever.errors import InputError
+from longretriever.model.age import age_class
+from longretriever.store.behaviors import Store, spread
 
 _BLOCK = 16  # groups that stay together in the shuffle: they lie side by side on disk
 _WINDOW = 64  # blocks that are shuffled and handed to the cache at once
@@ -77,12 +82,22 @@ class Step(NamedTuple):
     numbers: np.ndarray  # [U] distinct item numbers, ascending
     buckets: list[Bucket]
     state: np.ndarray  # [S] which state (over all tokens of all buckets) knows the sample's past
-    category: np.ndarray  # [S]
+    target: np.ndarray  # [S] positions in `numbers`
+    category: np.ndarray  # [S] of the target
     recent: np.ndarray  # [S, R] positions in `numbers`, newest first
     recent_count: np.ndarray  # [S]
+    since: np.ndarray  # [S, 2] age class of the last behavior: of the context, of any category
+    past: np.ndarray  # [S, N] the token of each behavior that the state knows, newest first
+    past_item: np.ndarray  # [S, N] the same behaviors as positions in `numbers`
+    past_age: np.ndarray  # [S, N] their age classes
+    past_count: np.ndarray  # [S]
     contests: list[Contest]
     tokens: int  # behaviors that are no padding
     padded: int  # with padding
+
+    @property
+    def samples(self) -> int:
+        return len(self.state)
 
     @property
     def chance(self) -> float:
@@ -101,11 +116,22 @@ class _Draft(NamedTuple):
     buckets: list[Bucket]
     recent: np.ndarray
     recent_count: np.ndarray
+    since: np.ndarray
+    past: _Past
     candidates: list[np.ndarray]  # for each category of the part, in its order
     cuts: np.ndarray  # where its samples begin
 
     def items(self) -> list[np.ndarray]:
         return [*(b.item for b in self.buckets), self.recent, *self.candidates]
+
+
+class _Past(NamedTuple):
+    """The behaviors that each sample's state knows, newest first; see `Step`."""
+
+    token: np.ndarray
+    item: np.ndarray
+    age: np.ndarray
+    known: np.ndarray
 
 
 def _count(candidate: slice | np.ndarray) -> int:
@@ -117,13 +143,26 @@ class Sampling:
     """How samples are cut and grouped."""
 
     packed: bool = True  # rows of many samples (causal), or one sample a row (cls)
-    context_length: int = 50  # L: behaviors that a sample may look back on
-    recent_length: int = 20  # R
+    along: Literal["context", "life"] = "context"  # what a sample looks back on
+    mixed: bool = False  # items of any category compete, and batches mix categories
+    context_length: int = 50  # L: behaviors that a sample may look back on; 0: none but the recent ones
+    recent_length: int = 20  # R, with the next; 0: none
+    life_sample: int = 0  # of the R: behaviors spread evenly over what is older than the others
+    within: int | None = None  # look back on the user's last so many behaviors only
+    distance: float = 0.0  # share of samples that are asked for earlier than just before the event
+    returns: bool = False  # list what each state knows, for a model that points back at it
     overlap: int = 8  # behaviors of context that a packed row repeats from the row before it
     samples: int = 4096  # of a step, and of a full batch
     max_wait: int = 16  # steps after which a buffer is released unfilled
-    whole_category_up_to: int = 8192  # items: larger categories compete by sample
+    whole_up_to: int = 8192  # items: more than these compete by sample
     sampled_negatives: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.along == "life" and not self.mixed:
+            raise InputError(
+                "along='life' with mixed=False: a row of a life holds samples of several categories, which "
+                "would have to be kept apart. Pass mixed=True."
+            )
 
 
 class CategoryCache:
@@ -169,7 +208,15 @@ class CategoryCache:
         return category, concatenate(self._rows.pop(category))
 
 
-def first_not_before(time: np.ndarray, low: np.ndarray, high: np.ndarray, when: np.ndarray) -> np.ndarray:
+class _Times(Protocol):
+    """Times by position: an array, or `_Lines`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: np.ndarray, /) -> np.ndarray: ...
+
+
+def first_not_before(time: _Times, low: np.ndarray, high: np.ndarray, when: np.ndarray) -> np.ndarray:
     """For each i, the first position in [low[i], high[i]) with `time >= when[i]`, or high[i].
 
     Bisection of all ranges at once; `time` must ascend within each range.
@@ -185,66 +232,135 @@ def first_not_before(time: np.ndarray, low: np.ndarray, high: np.ndarray, when: 
         high = np.where(open_ & ~earlier, middle, high)
 
 
+class _Lines:
+    """The sequences that samples look back along, one after the other, each in order of time.
+
+    A line is a (user, category) group, whose positions are event rows, or the whole life of a user, whose
+    positions are those of `Store.time_order`. Line n has the positions `start[n]` to `start[n + 1]` - 1.
+    """
+
+    def __init__(self, store: Store, along: Literal["context", "life"]) -> None:
+        self.store = store
+        self.order = None if along == "context" else store.time_order
+        self.start = store.group_start if self.order is None else store.group_start[store.user_group]
+        users = np.arange(store.n_users, dtype=np.int32)
+        self.user = np.repeat(users, np.diff(store.user_group)) if self.order is None else users
+
+    def event(self, at: np.ndarray) -> np.ndarray:
+        """Event rows of positions."""
+        return at if self.order is None else np.asarray(self.order[at], np.int64)
+
+    def __len__(self) -> int:
+        return self.store.n_events
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        """Times of positions."""
+        return self.store.event_time[self.event(at)]
+
+    def nth(self, at: np.ndarray) -> np.ndarray:
+        """Where in `Store.time_order`, the order of lives, the events of positions stand."""
+        return np.asarray(at if self.order is not None else self.store.time_position[at], np.int64)
+
+    def first_from(self, low: np.ndarray, high: np.ndarray, nth: np.ndarray) -> np.ndarray:
+        """For each i, the first position in [low[i], high[i]) at `nth[i]` or later in a life, or high[i]."""
+        if self.order is not None:
+            return np.clip(nth, low, high)
+        # event rows of a group ascend in the order of life, as times do
+        return first_not_before(self.store.time_position, low, high, nth)
+
+
 class Batches:
     """The training samples of a store: events at or before `until`, in categories of at least two items.
 
-    A category with a single item teaches nothing (its softmax is always right), so it has no samples.
+    A category with a single item teaches nothing (its softmax is always right), so it has no samples, unless
+    items of other categories compete as well.
     """
 
     def __init__(self, store: Store, sampling: Sampling, until: int) -> None:
         self.store, self.sampling, self.until = store, sampling, until
-        self.group_user = np.repeat(np.arange(store.n_users, dtype=np.int32), np.diff(store.user_group))
+        self.lines = _Lines(store, sampling.along)
         self.teaches = np.diff(store.category_start) > 1
         self._position = np.empty(store.n_items, np.int32)
         self._named = np.zeros(store.n_items, bool)
         self._share: np.ndarray | None = None
 
+    @property
+    def step_samples(self) -> int:
+        return self.sampling.samples
+
     @cached_property
     def n_samples(self) -> int:
         """Of one epoch."""
-        n_groups = len(self.store.group_category)
-        parts = (np.arange(at, min(at + (1 << 20), n_groups)) for at in range(0, n_groups, 1 << 20))
+        n_lines = len(self.lines.start) - 1
+        parts = (np.arange(at, min(at + (1 << 20), n_lines)) for at in range(0, n_lines, 1 << 20))
         return sum(int(self.rows(part, None).samples.sum()) for part in parts)
 
-    def rows(self, groups: np.ndarray, rng: np.random.Generator | None) -> Rows:
-        """Cut the training events of these groups into rows; `rng` shifts the cuts of long groups."""
-        store, s = self.store, self.sampling
-        groups = groups[self.teaches[store.group_category[groups]]]
-        begin, end = store.group_start[groups], store.group_start[groups + 1]
-        end = first_not_before(store.event_time, begin, end, np.full(len(groups), self.until + 1))
-        groups, begin, end = (x[end > begin] for x in (groups, begin, end))
+    def rows(self, lines: np.ndarray, rng: np.random.Generator | None) -> Rows:
+        """Cut the training events of these lines into rows; `rng` shifts the cuts of long ones."""
+        s = self.sampling
+        if not s.mixed:
+            lines = lines[self.teaches[self.store.group_category[lines]]]
+        begin, end = self.lines.start[lines], self.lines.start[lines + 1]
+        end = first_not_before(self.lines, begin, end, np.full(len(lines), self.until + 1))
+        lines, begin, end = (x[end > begin] for x in (lines, begin, end))
         width = s.context_length + 1 - s.overlap if s.packed else 1
         size = end - begin
-        shift = np.zeros(len(groups), np.int64)
+        shift = np.zeros(len(lines), np.int64)
         if rng is not None and s.packed:
-            shift = np.where(size > width, rng.integers(0, width, len(groups)), 0)
+            shift = np.where(size > width, rng.integers(0, width, len(lines)), 0)
         pieces = -(-(size + shift) // width)
-        owner = np.repeat(np.arange(len(groups)), pieces)
+        owner = np.repeat(np.arange(len(lines)), pieces)
         nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         first = np.maximum(begin[owner], begin[owner] - shift[owner] + nth * width)
         stop = np.minimum(end[owner], begin[owner] - shift[owner] + (nth + 1) * width)
         start = np.maximum(begin[owner], first - s.overlap)
-        return Rows(groups[owner], start, first, stop)
+        rows = Rows(lines[owner], start, first, stop)
+        return self._near(rows) if s.within and s.packed and len(first) else rows
+
+    def _near(self, rows: Rows) -> Rows:
+        """Cut rows so that none looks back further than `within` behaviors of the user's life.
+
+        The targets of a row lie within half of that, and it reads what its last target may see: a sample
+        sees between a half and the whole of what it may.
+        """
+        s, half = self.sampling, max(1, (self.sampling.within or 0) // 2)
+        owner, within = _each(rows.samples)
+        at = rows.first[owner] + within
+        life = self.lines.nth(at)
+        begin = self.store.group_start[self.store.user_group[self.lines.user[rows.group[owner]]]]
+        block = (life - begin) // half
+        new = np.r_[True, (np.diff(owner) != 0) | (np.diff(block) != 0)]
+        last = np.r_[np.flatnonzero(new)[1:], len(at)] - 1
+        group, first, stop = rows.group[owner[new]], at[new], at[last] + 1
+        start = np.maximum(self.lines.start[group], stop - 1 - s.context_length)
+        earliest = self.lines.first_from(start, first, life[last] - (s.within or 0))
+        return Rows(group, earliest, first, stop)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[list[Rows]]:
         """One pass over all samples as steps; each element of a step holds rows of one category.
 
-        The order depends on (seed, epoch) alone.
+        With `mixed`, an element holds rows of all. The order depends on (seed, epoch) alone.
         """
         s, rng = self.sampling, np.random.default_rng([seed, epoch])
-        n_groups = len(self.store.group_category)
-        blocks = rng.permutation(-(-n_groups // _BLOCK))
+        n_lines = len(self.lines.start) - 1
+        blocks = rng.permutation(-(-n_lines // _BLOCK))
         cache = CategoryCache(s.samples, s.max_wait * s.samples)
 
         def batches() -> Iterator[tuple[int, Rows]]:
             for at in range(0, len(blocks), _WINDOW):
-                groups = (blocks[at : at + _WINDOW, None] * _BLOCK + np.arange(_BLOCK)).ravel()
-                rows = self.rows(groups[groups < n_groups], rng)
+                lines = (blocks[at : at + _WINDOW, None] * _BLOCK + np.arange(_BLOCK)).ravel()
+                rows = self.rows(lines[lines < n_lines], rng)
                 rows = rows.take(rng.permutation(len(rows.group)))
-                yield from cache.add(self.store.group_category[rows.group], rows)
+                yield from cache.add(self._buffer(rows), rows)
             yield from cache.flush()
 
         return self._steps(batches())
+
+    def _buffer(self, rows: Rows) -> np.ndarray:
+        """In which buffer of the cache each row waits: that of its category, or one for all."""
+        if self.sampling.mixed:
+            return np.zeros(len(rows.group), np.int64)
+        return self.store.group_category[rows.group]
 
     def _steps(self, batches: Iterator[tuple[int, Rows]]) -> Iterator[list[Rows]]:
         step: list[Rows] = []
@@ -264,51 +380,69 @@ class Batches:
 
         For validation: whole rows are drawn at random, the same for the same `rng`.
         """
-        rows = self.rows(np.arange(len(self.store.group_category)), None)
-        late = first_not_before(
-            self.store.event_time, rows.first, rows.stop, np.full(len(rows.first), when + 1)
-        )
-        start = np.maximum(self.store.group_start[rows.group], rows.stop - 1 - self.sampling.context_length)
-        rows = Rows(rows.group, start, late, rows.stop)
+        rows = self.rows(np.arange(len(self.lines.start) - 1), None)
+        late = first_not_before(self.lines, rows.first, rows.stop, np.full(len(rows.first), when + 1))
+        start = rows.start
+        if not self.sampling.within:  # a row with fewer targets may read further back
+            start = np.maximum(
+                self.lines.start[rows.group], rows.stop - 1 - max(1, self.sampling.context_length)
+            )
+        rows = Rows(rows.group, np.minimum(start, late), late, rows.stop)
         rows = rows.take(rows.samples > 0)
         rows = rows.take(rng.permutation(len(rows.group)))
         rows = rows.take(slice(0, int(np.searchsorted(np.cumsum(rows.samples), limit)) + 1))
         cache = CategoryCache(self.sampling.samples, limit + 1)
-        released = [*cache.add(self.store.group_category[rows.group], rows), *cache.flush()]
+        released = [*cache.add(self._buffer(rows), rows), *cache.flush()]
         return list(self._steps(iter(released)))
 
     # -- from rows to arrays
 
     def assemble(self, batches: list[Rows], rng: np.random.Generator, parts: int = 1) -> list[Step]:
-        """Read from the store all that a step needs. `rng` draws negatives for the large categories.
+        """Read from the store all that a step needs. `rng` draws negatives, and when samples are asked for.
 
         `parts` of about as many samples each, to be computed side by side; they share `numbers`. Fewer come
         where there are few rows, none where no sample is left (see `_targets`).
         """
         drafts = [self._draft(part, rng) for part in _split(concatenate(batches), parts)]
         drafts = [draft for draft in drafts if len(draft.events)]
-        numbers = self._name(
-            [x for d in drafts for x in (*(b.item for b in d.buckets), d.recent, *d.candidates)]
-        )
+        numbers = self._name([x for draft in drafts for x in draft.items()])
         return [self._placed(draft, numbers) for draft in drafts]
 
     def _draft(self, rows: Rows, rng: np.random.Generator) -> _Draft:
-        rows, stop = self._inputs(rows)
+        rows, stop = self._inputs(rows, rng)
         length = np.maximum(stop - rows.start, 0)
         bucket_of = np.searchsorted(_WIDTHS, length)
         order = np.argsort(bucket_of, kind="stable")
-        rows, length, bucket_of = rows.take(order), length[order], bucket_of[order]
+        rows, stop, length, bucket_of = rows.take(order), stop[order], length[order], bucket_of[order]
 
-        events, row_of, slot = self._targets(rows)
-        category = self.store.group_category[rows.group[row_of]]
-        by_category = np.argsort(category, kind="stable")
-        events, row_of, slot, category = (x[by_category] for x in (events, row_of, slot, category))
+        at, row_of, asked, known = self._targets(rows, stop, rng)
+        events = self.lines.event(at)
+        category = self.store.item_category[self.store.event_item[events]]
+        if not self.sampling.mixed:
+            by_category = np.argsort(category, kind="stable")
+            row_of, asked, known = row_of[by_category], asked[by_category], known[by_category]
+            events, category = events[by_category], category[by_category]
 
-        recent, recent_count = self._recent(events, self.group_user[rows.group[row_of]])
+        moment = self.lines.event(asked)
+        recent, recent_count, newest = self._recent(moment, self.lines.user[rows.group[row_of]])
         buckets, offsets = self._gather(rows, length, bucket_of)
         candidates, cuts = self._candidates(events, category, rng)
-        state = offsets[row_of] + slot
-        return _Draft(events, category, state, buckets, recent, recent_count, candidates, cuts)
+        n_prefix = 1 + self.store.profile.shape[1]
+        slot = known + (n_prefix - 1) if self.sampling.packed else np.zeros(len(known), np.int64)
+        return _Draft(
+            events=events,
+            category=category,
+            state=offsets[row_of] + slot,
+            buckets=buckets,
+            recent=recent,
+            recent_count=recent_count,
+            since=self._since(self.store.event_time[moment], rows.start[row_of] + known - 1, known, newest),
+            past=self._past(
+                self.store.event_time[moment], rows.start[row_of], known, offsets[row_of] + n_prefix
+            ),
+            candidates=candidates,
+            cuts=cuts,
+        )
 
     def _placed(self, draft: _Draft, numbers: np.ndarray) -> Step:
         """A draft with its items as positions in `numbers`, right after `_name` has made them."""
@@ -317,52 +451,91 @@ class Batches:
             numbers=numbers,
             buckets=[b._replace(item=position[b.item]) for b in draft.buckets],
             state=draft.state,
+            target=position[self.store.event_item[draft.events]].astype(np.int64),
             category=draft.category.astype(np.int64),
             recent=position[draft.recent],
             recent_count=draft.recent_count,
+            since=draft.since,
+            past=draft.past.token,
+            past_item=np.where(draft.past.known[:, None] > 0, position[draft.past.item], 0),
+            past_age=draft.past.age,
+            past_count=draft.past.known,
             contests=self._contests(draft.events, draft.category, draft.candidates, draft.cuts),
             tokens=sum(int(b.length.sum()) for b in draft.buckets),
             padded=sum(b.item.size for b in draft.buckets),
         )
 
-    def _inputs(self, rows: Rows) -> tuple[Rows, np.ndarray]:
+    def _inputs(self, rows: Rows, rng: np.random.Generator) -> tuple[Rows, np.ndarray]:
         """Where the input of each row ends; for one sample a row, also where it begins."""
         if self.sampling.packed:
             return rows, rows.stop - 1  # the last target is nobody's past
-        begin = self.store.group_start[rows.group]
-        stop = first_not_before(self.store.event_time, begin, rows.first, self.store.event_time[rows.first])
-        start = np.maximum(begin, stop - self.sampling.context_length)
+        s, begin = self.sampling, self.lines.start[rows.group]
+        asked = self._earlier(rows.first, np.maximum(begin, rows.first - max(1, s.context_length)), rng)
+        stop = first_not_before(self.lines, begin, asked, self.lines[asked])
+        start = np.maximum(begin, stop - s.context_length)
+        if s.within:
+            start = self.lines.first_from(start, stop, self.lines.nth(asked) - s.within)
         return rows._replace(start=start), stop
 
-    def _targets(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every sample: its event row, its row in `rows`, the token whose state may be used.
+    def _targets(
+        self, rows: Rows, stop: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of every sample: the position of its event, its row in `rows`, the position of the event just
+        before which it is asked for, and how many behaviors of the row are known then.
 
-        The state is the one after the last strictly earlier behavior. Where equal times reach back to the
-        beginning of a row that is not the beginning of the group, no state of the row is right: left out.
+        Known are those strictly earlier. Where equal times reach back to the beginning of a row that is not
+        the beginning of the line, no state of the row is right: left out.
         """
-        n_prefix = 1 + self.store.profile.shape[1]
-        row_of = np.repeat(np.arange(len(rows.group)), rows.samples)
-        within = np.arange(len(row_of)) - np.repeat(np.cumsum(rows.samples) - rows.samples, rows.samples)
-        events = rows.first[row_of] + within
-        if not self.sampling.packed:
-            return events, row_of, np.zeros(len(events), np.int64)
-        time = self.store.event_time
-        earlier = first_not_before(time, rows.start[row_of], events, time[events])
-        known = earlier - rows.start[row_of]
-        right = (known > 0) | (rows.start == self.store.group_start[rows.group])[row_of]
-        return events[right], row_of[right], (known + n_prefix - 1)[right]
+        if not self.sampling.packed:  # what follows the input has the time of the request
+            return rows.first, np.arange(len(rows.first)), stop, stop - rows.start
+        row_of, within = _each(rows.samples)
+        at, start = rows.first[row_of] + within, rows.start[row_of]
+        asked = self._earlier(at, start + 1, rng)
+        known = first_not_before(self.lines, start, asked, self.lines[asked]) - start
+        right = (known > 0) | (rows.start == self.lines.start[rows.group])[row_of]
+        if self.sampling.within:
+            right |= known == 0  # nothing near enough is a past as well
+        return at[right], row_of[right], asked[right], known[right]
 
-    def _recent(self, events: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[S, R] items of the user's last behaviors of any category strictly before each event."""
-        store, R = self.store, self.sampling.recent_length
+    def _earlier(self, at: np.ndarray, least: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """When each event is asked for: mostly just before it, for a `distance` share of them some events
+        earlier (log-uniform, not before `least`): what a list for the next weeks has to foresee."""
+        s = self.sampling
+        if s.distance == 0:
+            return at
+        room = np.maximum(at - least, 0)
+        back = np.exp(rng.random(len(at)) * np.log1p(room)).astype(np.int64)
+        return np.where((rng.random(len(at)) < s.distance) & (room > 0), at - np.minimum(back, room), at)
+
+    def _since(self, now: np.ndarray, last: np.ndarray, known: np.ndarray, newest: np.ndarray) -> np.ndarray:
+        """[S, 2] age classes of the context's last known behavior and of the user's newest."""
+        in_context = age_class(now - self.lines[np.maximum(last, 0)])
+        of_any = age_class(now - self.store.event_time[np.maximum(newest, 0)])
+        return np.stack([np.where(known > 0, in_context, 0), np.where(newest >= 0, of_any, 0)], axis=1)
+
+    def _past(self, now: np.ndarray, start: np.ndarray, known: np.ndarray, token: np.ndarray) -> _Past:
+        """What each state knows, newest first; `token` is that of the row's first behavior."""
+        width = int(known.max(initial=0)) if self.sampling.returns else 0
+        back = np.maximum(known[:, None] - 1 - np.arange(width), 0)
+        at = start[:, None] + np.minimum(back, np.maximum(known[:, None] - 1, 0))
+        age = age_class(now[:, None] - self.lines[at]) if width else np.zeros(at.shape, np.int64)
+        item = self.store.event_item[self.lines.event(at)]
+        return _Past(token[:, None] + back, item, age, known)
+
+    def _recent(self, events: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[S, R] items of the user's last behaviors of any category strictly before each event, how many they
+        are, and the event row of the newest (-1 where there is none)."""
+        store, s = self.store, self.sampling
         begin = store.group_start[store.user_group[user]]
         position = store.time_position[events].astype(np.int64)
         stop = self._first_of_time(begin, position, store.event_time[events])
-        count = np.minimum(stop - begin, R)
-        at = np.maximum(stop[:, None] - 1 - np.arange(R), begin[:, None])
-        item = store.event_item[store.time_order[at]]
+        begin = np.maximum(begin, stop - s.within) if s.within else begin
+        place, count = spread(stop - begin, s.recent_length - s.life_sample, s.life_sample)
+        item = store.event_item[store.time_order[begin[:, None] + place]]
+        newest = np.where(stop > begin, store.time_order[np.maximum(stop - 1, begin)], -1)
         # what stands beyond a user's first behavior is padding: name the newest item again, not another
-        return np.where(np.arange(R) < count[:, None], item, item[:, :1]), count
+        there = np.arange(s.recent_length) < count[:, None]
+        return np.where(there, item, item[:, :1]), count, newest.astype(np.int64)
 
     def _first_of_time(self, begin: np.ndarray, position: np.ndarray, when: np.ndarray) -> np.ndarray:
         """Where, in the user's order of time, the behaviors of time `when` begin. Ties are short, so look
@@ -385,14 +558,14 @@ class Batches:
         offsets = np.empty(len(length), np.int64)
         buckets, token = [], 0
         for part in np.split(np.arange(len(length)), np.flatnonzero(np.diff(bucket_of)) + 1):
-            width = int(length[part].max())
+            width = int(length[part].max(initial=0))
             at = rows.start[part, None] + np.arange(width)
             inside = np.arange(width) < length[part, None]
-            at = np.where(inside, at, rows.start[part, None])
-            user = self.group_user[rows.group[part]]
-            kind = store.event_behavior[at].astype(np.int64)
+            event = self.lines.event(np.where(inside, at, rows.start[part, None]))
+            user = self.lines.user[rows.group[part]]
+            kind = store.event_behavior[event].astype(np.int64)
             buckets.append(
-                Bucket(store.event_item[at], kind, length[part], store.profile[user].astype(np.int64))
+                Bucket(store.event_item[event], kind, length[part], store.profile[user].astype(np.int64))
             )
             offsets[part] = token + np.arange(len(part)) * (n_prefix + width)
             token += len(part) * (n_prefix + width)
@@ -401,22 +574,29 @@ class Batches:
     def _candidates(
         self, events: np.ndarray, category: np.ndarray, rng: np.random.Generator
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """For each category of the step, the item numbers that compete; and where its samples begin."""
-        s, start = self.sampling, self.store.category_start
-        cuts = (
-            np.r_[0, np.flatnonzero(np.diff(category)) + 1, len(category)]
-            if len(category)
-            else np.zeros(1, int)
-        )
+        """For each contest of the step, the item numbers that compete; and where its samples begin."""
+        s = self.sampling
+        if len(events) == 0:
+            return [], np.zeros(1, int)
+        cuts = np.r_[0, np.flatnonzero(np.diff(category)) + 1, len(category)]
+        if s.mixed:
+            cuts = np.array([0, len(events)])
         candidates = []
         for a, b in pairwise(cuts):
-            low, high = int(start[category[a]]), int(start[category[a] + 1])
-            if high - low <= s.whole_category_up_to:
+            low, high = self._range(category[a])
+            if high - low <= s.whole_up_to:
                 candidates.append(np.arange(low, high))
             else:
                 drawn = rng.integers(low, high, s.sampled_negatives)
                 candidates.append(np.unique(np.concatenate([self.store.event_item[events[a:b]], drawn])))
         return candidates, cuts
+
+    def _range(self, category: int) -> tuple[int, int]:
+        """The item numbers that may compete with an item of this category."""
+        if self.sampling.mixed:
+            return 0, self.store.n_items
+        start = self.store.category_start
+        return int(start[category]), int(start[category + 1])
 
     def _name(self, items: list[np.ndarray]) -> np.ndarray:
         """The distinct items, ascending; `_position` then maps an item number to its place among them."""
@@ -432,35 +612,43 @@ class Batches:
     ) -> list[Contest]:
         contests = []
         for a, b, candidate in zip(cuts[:-1], cuts[1:], candidates, strict=True):
-            c = int(category[a])
-            whole = len(candidate) == self.store.category_start[c + 1] - self.store.category_start[c]
+            low, high = self._range(category[a])
             target = np.searchsorted(candidate, self.store.event_item[events[a:b]])
             place = self._position[candidate]
-            if whole:  # a category is a range of item numbers, so its places are a range as well
+            if len(candidate) == high - low:  # a range of item numbers, so its places are a range as well
                 contests.append(Contest(slice(a, b), slice(int(place[0]), int(place[-1]) + 1), target, None))
             else:
-                log_q = self._log_q(c, candidate, b - a)
+                log_q = self._log_q(candidate, b - a, high - low)
                 contests.append(Contest(slice(a, b), place.astype(np.int64), target, log_q))
         return contests
 
-    def _log_q(self, category: int, candidate: np.ndarray, samples: int) -> np.ndarray:
+    def _log_q(self, candidate: np.ndarray, samples: int, of: int) -> np.ndarray:
         """Log of the probability that an item competes: as a target of the batch, or drawn evenly."""
-        start = self.store.category_start
-        expected = samples * self._item_share()[candidate]
-        expected = expected + self.sampling.sampled_negatives / (start[category + 1] - start[category])
+        expected = samples * self._item_share()[candidate] + self.sampling.sampled_negatives / of
         return np.log(-np.expm1(-expected)).astype(np.float32)
 
     def _item_share(self) -> np.ndarray:
-        """[I] each item's part of its category's events."""
+        """[I] each item's part of the events of its category, or of all."""
         if self._share is None:
             count = np.zeros(self.store.n_items, np.int64)
             for at in range(0, self.store.n_events, 1 << 22):  # a part at a time: the log may exceed memory
                 part = slice(at, at + (1 << 22))
                 known = self.store.event_time[part] <= self.until
                 count += np.bincount(self.store.event_item[part][known], minlength=self.store.n_items)
-            total = np.add.reduceat(count, self.store.category_start[:-1])  # a category has an item or more
-            self._share = (count / np.maximum(total, 1)[self.store.item_category]).astype(np.float32)
+            if self.sampling.mixed:
+                total = np.array([count.sum()])
+                of = np.zeros(1, np.int64)
+            else:  # a category has an item or more
+                total = np.add.reduceat(count, self.store.category_start[:-1])
+                of = self.store.item_category
+            self._share = (count / np.maximum(total, 1)[of]).astype(np.float32)
         return self._share
+
+
+def _each(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For runs of these sizes: the run of each element, and its place within the run."""
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _parts(rows: Rows, size: int) -> Iterator[Rows]:

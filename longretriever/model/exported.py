@@ -8,28 +8,42 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
 from longretriever.errors import Damaged
 from longretriever.events import CATEGORY, ITEM
+from longretriever.model.age import age_class
 from longretriever.saved import Manifest, opening
 from longretriever.store.behaviors import Behaviors, Ids, ItemIds, Vocabulary, read_arrow, vocabularies
-
-INPUTS = ("behavior", "kind", "length", "profile", "context", "recent", "recent_count")
-"""Names of the user tower's inputs, in the order of `UserTower.forward`."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One context of one user, in the model's own numbers: a row of the user tower."""
+    """A row of the user tower, in the model's own numbers: one context of a user, or the user as a whole."""
 
-    category: int
-    behaviors: Behaviors  # of the context, oldest first, at most L
-    recent: Behaviors  # of any category, oldest first, at most R
+    category: int  # -1: items of all categories are asked for
+    behaviors: Behaviors  # of the context (of any for the whole), oldest first, at most L
+    recent: Behaviors  # of any category, oldest first, at most R and those of the life's sample
     profile: np.ndarray  # [P]
+    now: float  # seconds since the epoch
+
+
+class UserVectors(NamedTuple):
+    """What the user tower says to n requests.
+
+    user       [n, V, d] vectors of length 1; V is 1 but for methods of several interests
+    interests  [n] how many of the V count
+    shares     [n, 1 + N] log shares of probability: of all items by vectors, then of each behavior's item
+            (padded behind, oldest first); None for methods without
+    """
+
+    user: np.ndarray
+    interests: np.ndarray
+    shares: np.ndarray | None
 
 
 class Model:
@@ -39,7 +53,7 @@ class Model:
     category_token  [C, d] the context, for the user tower
     category_start  [C+1] first item number of each category: a category is a range of items
     items.arrow, categories.arrow   the ids of those numbers
-    user_tower.onnx                 see `INPUTS`
+    user_tower.onnx                 see `_feed` and `UserVectors`
     """
 
     def __init__(self, manifest: Manifest, threads: int = 1) -> None:
@@ -55,24 +69,27 @@ class Model:
         self.config: dict[str, Any] = facts["config"]
         self.behaviors: tuple[str, ...] = tuple(facts["behaviors"])
         self.profile_fields: tuple[Vocabulary, ...] = vocabularies(facts["profile_fields"])
-        self.context_length: int = self.config["context_length"]
-        self.recent_length: int = self.config["recent_length"]
+        self.method: str = facts["method"]
+        self.asks_contexts: bool = facts["contexts"]  # one vector for each context, searching that category
+        self.asks_corpus: bool = facts["corpus"]  # vectors that search all items
+        self.merge: str = facts.get("merge", "probability")  # how its lists become one, see `retrieve.merge`
+        self.context_length: int = facts["context_length"]
+        self.recent_length: int = facts["recent_length"]
+        self.life_sample: int = facts.get("life_sample", 0)
+        self.within: int | None = facts["within"]
         self.dim, self.n_items = self.item_token.shape[1], self.item_token.shape[0]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(manifest.path / "user_tower.onnx"), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise Damaged(f"{manifest.path / 'user_tower.onnx'}: not loadable ({error}).") from error
+        self._session = session(manifest.path / "user_tower.onnx", threads)
         self._inputs = {i.name for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = False, threads: int = 1) -> Model:
         """Open a model folder; `verify=True` also hashes every file. Raises a `SavedError`."""
         return cls(opening(path, "model", verify), threads)
+
+    def category_of(self, items: np.ndarray) -> np.ndarray:
+        """[n] category numbers of item numbers."""
+        return np.searchsorted(self.category_start, items, side="right") - 1
 
     def item_vectors(self, items: slice | np.ndarray) -> np.ndarray:
         """[n, d] vectors of length 1 of these item numbers."""
@@ -85,28 +102,54 @@ class Model:
         out[known] = self.item_token[behaviors.item[known]]
         return out
 
-    def user_vectors(self, requests: list[Request]) -> np.ndarray:
-        """[n, d] one user vector of length 1 for each request. One call of ONNX Runtime."""
-        n, d, R = len(requests), self.dim, self.recent_length
+    def user_vectors(self, requests: list[Request]) -> UserVectors:
+        """What the user tower says to these requests. One call of ONNX Runtime."""
+        outputs = dict(zip(self._outputs, self._session.run(None, self._feed(requests)), strict=True))
+        user, n = outputs["user"], len(requests)
+        if user.ndim == 2:
+            user = user[:, None]
+        return UserVectors(user, outputs.get("interests", np.ones(n, np.int64)), outputs.get("shares"))
+
+    def _feed(self, requests: list[Request]) -> dict[str, np.ndarray]:
+        """The inputs that the tower has, of all those that a tower may have."""
+        n, d, R = len(requests), self.dim, self.recent_length + self.life_sample
         length = np.array([len(r.behaviors.item) for r in requests], np.int64)
         N = max(1, int(length.max(initial=1)))
         feed: dict[str, np.ndarray] = {
             "behavior": np.zeros((n, N, d), np.float32),
             "kind": np.zeros((n, N), np.int64),
+            "age": np.zeros((n, N), np.int64),
             "length": length,
             "profile": np.array([r.profile for r in requests], np.int64).reshape(n, -1),
             "context": self.category_token[[r.category for r in requests]],
+            "since": np.zeros((n, 2), np.int64),
             "recent": np.zeros((n, R, d), np.float32),
-            "recent_count": np.array([len(r.recent.item) for r in requests], np.int64),
+            "recent_count": np.array([len(r.recent.item[-R:]) if R else 0 for r in requests], np.int64),
+            "whole": np.array([r.category < 0 for r in requests]),
         }
         newest: dict[int, np.ndarray] = {}  # the contexts of one user share their recent behaviors
         for i, r in enumerate(requests):
             feed["behavior"][i, : length[i]] = self.tokens(r.behaviors)
             feed["kind"][i, : length[i]] = r.behaviors.kind
+            feed["age"][i, : length[i]] = age_class(r.now - r.behaviors.time)
+            for j, past in enumerate((r.behaviors, r.recent)):
+                if len(past.time):
+                    feed["since"][i, j] = age_class(r.now - past.time[-1:])[0]
             if id(r.recent) not in newest:
                 newest[id(r.recent)] = self.tokens(r.recent)[::-1]
-            feed["recent"][i, : len(r.recent.item)] = newest[id(r.recent)]
-        return self._session.run(None, {k: v for k, v in feed.items() if k in self._inputs})[0]
+            feed["recent"][i, : len(r.recent.item)] = newest[id(r.recent)][:R]
+        return {k: v for k, v in feed.items() if k in self._inputs}
+
+
+def session(file: Path, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU. Raises `Damaged`."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class
+        raise Damaged(f"{file}: not loadable ({error}).") from error
 
 
 def unit(x_nd: np.ndarray) -> np.ndarray:

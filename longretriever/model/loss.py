@@ -14,26 +14,26 @@ from torch import Tensor
 from longretriever.model.batches import Step
 
 
-def in_category_loss(user_Sd: Tensor, item_Ud: Tensor, scale: Tensor, step: Step) -> Tensor:
-    """Summed cross-entropy of a step's samples, in nats.
+def log_likelihood(user_Sd: Tensor, item_Ud: Tensor, scale: Tensor, step: Step) -> Tensor:
+    """[S] log probability of each sample's target among the items of its contest, in nats.
 
     `user_Sd` and `item_Ud` have length 1; samples stand in the order of `step.contests`.
     """
-    losses = []
+    found = []
     users = user_Sd.split([c.samples.stop - c.samples.start for c in step.contests])
-    whole = _whole_categories(item_Ud, step)
+    whole = _whole_ranges(item_Ud, step)
     for contest, user_sd, item_cd in zip(step.contests, users, whole, strict=True):
         if item_cd is None:
             item_cd = item_Ud[torch.from_numpy(contest.candidate)]
         logits_sc = (user_sd @ item_cd.T) * scale
         if contest.log_q is not None:
             logits_sc = logits_sc - torch.from_numpy(contest.log_q)
-        losses.append(F.cross_entropy(logits_sc, torch.from_numpy(contest.target), reduction="sum"))
-    return torch.stack(losses).sum()
+        found.append(-F.cross_entropy(logits_sc, torch.from_numpy(contest.target), reduction="none"))
+    return torch.cat(found)
 
 
-def _whole_categories(item_Ud: Tensor, step: Step) -> list[Tensor | None]:
-    """The item vectors of each contest in which a whole category competes, None for the others.
+def _whole_ranges(item_Ud: Tensor, step: Step) -> list[Tensor | None]:
+    """The item vectors of each contest in which all items of a range compete, None for the others.
 
     One split for all of them: a slice each would, in the backward pass, cost a full-size buffer each.
     """

@@ -1,51 +1,40 @@
-"""The two towers: a user vector for each context, an item vector for each item, compared by cosine.
+"""The two towers of LongRetriever: behaviors of one context to a user vector, an item to an item vector.
 
-User tower (LongRetriever section 2.2): `[CLS, profile tokens, behaviors of one context]` with position and
-token-type embeddings through a pre-LayerNorm transformer. Two encoders share every weight and differ in
-the mask and in where the state is read:
+The user tower of section 2.2: a pre-LayerNorm transformer over [CLS, profile tokens, behaviors of the
+context, oldest first], with learnable positions and token types, its output normalised. No feature of the
+candidate enters it. Two encoders: `packed` is causal, so that one pass over n behaviors yields n user
+vectors, each knowing only what came before it; `cls` is the paper's, one sample a row and attention in both
+directions.
 
-- `cls`: attention in both directions, the state is the CLS output; one row gives one user vector.
-- `packed`: causal attention, the state after each token is the user vector of that prefix; one row of n
-  behaviors gives n + 1 user vectors, so one pass trains every prefix.
+Beyond the paper, each to be switched off: an attention over the user's most recent behaviors of any category,
+so that a context without history still gets a good vector; how long ago the last behaviors were; and a
+pointer that divides the next item's probability between those that the user met in this context and all.
 
-The state then looks at the user's most recent behaviors of any category (attention whose query is the
-state), because a context that was last visited months ago knows nothing of this week (ULIM's short term).
-No feature of the candidate enters. The item tower is a sum of embeddings: item, category, features.
-
-B rows, M tokens of a row, T tokens of all rows, S user vectors, R recent behaviors, P profile fields,
-d width.
+B rows, M tokens of a row, T tokens of all rows, S user vectors, R recent behaviors, N behaviors of a context,
+P profile fields, d width, k width of the pointer's keys.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longretriever.model.batches import Step
+from longretriever.model.age import AGES
+from longretriever.model.batches import Sampling, Step
 from longretriever.model.config import TrainConfig
+from longretriever.model.learner import ItemTower as ItemTower
+from longretriever.model.learner import Learner, code_tables, drop, write_onnx
+from longretriever.model.loss import log_likelihood
 from longretriever.store.behaviors import Store
 
-FIRST_TEMPERATURE = 0.2
-"""Random vectors must not be sharply wrong: from 0.07, small logs spend their training on unlearning."""
-
-MAX_SCALE = 50.0
-"""Bound on the inverse temperature, without which a category of few items drives it up for ever."""
-
-
-def drop(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Dropout whose randomness is an argument, so that parts of a step can run side by side and repeat.
-
-    One byte decides for each number, so the rate is rounded to 1/256. Without a generator nothing is dropped.
-    """
-    if generator is None or rate == 0:
-        return x
-    least = round(256 * rate)
-    byte = torch.empty(x.shape, dtype=torch.uint8, device=x.device).random_(0, 256, generator=generator)
-    return x * (byte >= least) * (256 / (256 - least))
+_POINTER = 16  # width of the pointer's keys
+_NEVER = -1e4  # a logit for what must not be chosen; finite, so that its gradient is 0 and not NaN
 
 
 class Block(nn.Module):
@@ -85,19 +74,11 @@ class Block(nn.Module):
         return x_Td + drop(fed_Td, self.dropout, generator)
 
 
-def _code_tables(sizes: Sequence[int], dim: int) -> nn.ModuleList:
-    tables = [nn.Embedding(size, dim) for size in sizes]
-    for table in tables:
-        nn.init.normal_(table.weight, std=0.02)
-        nn.init.zeros_(table.weight[0])  # code 0, missing or unknown, starts as no information
-    return nn.ModuleList(tables)
-
-
-class UserTower(nn.Module):
-    """Behaviors of one context, profile and recent behaviors in; a unit vector out.
+class Encoder(nn.Module):
+    """A pre-LayerNorm transformer over rows of [CLS, profile tokens, behaviors, oldest first].
 
     `kinds` is the number of kinds of behavior, `profile_sizes` the number of codes of each profile field.
-    Behaviors come as item vectors (`ItemTower.embed`), so the tower itself is small: it is what goes to ONNX.
+    Behaviors come as item vectors (`ItemTower.embed`), so a tower itself is small: it is what goes to ONNX.
     """
 
     def __init__(
@@ -107,7 +88,6 @@ class UserTower(nn.Module):
         layers: int,
         heads: int,
         context_length: int,
-        recent_length: int,
         kinds: int,
         profile_sizes: Sequence[int],
         causal: bool,
@@ -116,17 +96,12 @@ class UserTower(nn.Module):
         super().__init__()
         self.causal, self.prefix = causal, 1 + len(profile_sizes)
         self.cls = nn.Parameter(torch.zeros(dim))
-        self.profile = _code_tables(profile_sizes, dim)
+        self.profile = code_tables(profile_sizes, dim)
         self.position = nn.Parameter(torch.zeros(self.prefix + context_length, dim))
         self.token_type = nn.Embedding(self.prefix + kinds, dim)  # CLS, each profile field, each kind
         self.blocks = nn.ModuleList([Block(dim, heads, dropout) for _ in range(layers)])
         self.norm, self.dropout = nn.LayerNorm(dim), dropout
-        self.recent_position = nn.Parameter(torch.zeros(recent_length, dim))
-        self.context_query = nn.Linear(dim, dim)
-        self.recent_key = nn.Linear(dim, dim, bias=False)
-        self.recent_value = nn.Linear(dim, dim)
-        self.mix = nn.Sequential(nn.Linear(3 * dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        for table in (self.cls, self.position, self.recent_position, self.token_type.weight):
+        for table in (self.cls, self.position, self.token_type.weight):
             nn.init.normal_(table, std=0.02)
 
     def rows(self, behavior_BNd: Tensor, kind_BN: Tensor, profile_BP: Tensor) -> Tensor:
@@ -160,136 +135,266 @@ class UserTower(nn.Module):
             x_Td = block(x_Td, shapes, masks, generator)
         return self.norm(x_Td)
 
-    def slot(self, n_before: Tensor) -> Tensor:
-        """Where in a row the state stands that knows exactly the first `n_before` behaviors."""
-        return n_before + (self.prefix - 1) if self.causal else torch.zeros_like(n_before)
-
-    def head(
-        self, state_Sd: Tensor, context_Sd: Tensor, recent_SRd: Tensor, recent_count_S: Tensor
-    ) -> Tensor:
-        """From states to user vectors [S, d] of length 1.
-
-        `recent_SRd` holds the recent behaviors newest first, padded behind; no recent behavior, no effect.
-        Keys and values are projected on the query's side, S times instead of S * R times.
-        """
-        query_Sd = state_Sd + self.context_query(context_Sd)
-        query_Sd = query_Sd @ self.recent_key.weight / math.sqrt(state_Sd.shape[1])
-        score_SR = torch.bmm(recent_SRd, query_Sd[:, :, None])[..., 0] + query_Sd @ self.recent_position.T
-        absent_SR = torch.arange(recent_SRd.shape[1], device=state_Sd.device) >= recent_count_S[:, None]
-        weight_SR = score_SR.masked_fill(absent_SR, -1e4).softmax(-1).masked_fill(absent_SR, 0.0)
-        pooled_Sd = torch.bmm(weight_SR[:, None], recent_SRd)[:, 0] + weight_SR @ self.recent_position
-        pooled_Sd = self.recent_value(pooled_Sd) * (recent_count_S > 0)[:, None]
-        mixed_Sd = self.mix(torch.cat([state_Sd, pooled_Sd, context_Sd], dim=-1))
-        return F.normalize(state_Sd + mixed_Sd, dim=-1)
-
-    def forward(
-        self,
-        behavior_BNd: Tensor,
-        kind_BN: Tensor,
-        length_B: Tensor,
-        profile_BP: Tensor,
-        context_Bd: Tensor,
-        recent_BRd: Tensor,
-        recent_count_B: Tensor,
-    ) -> Tensor:
-        """[B, d] one user vector for each row: what serving asks, and the reference for `packed`."""
-        x_BMd = self.rows(behavior_BNd, kind_BN, profile_BP)
-        B, M, d = x_BMd.shape
-        state_BMd = self.states([x_BMd], [length_B]).view(B, M, d)
-        state_Bd = state_BMd.gather(1, self.slot(length_B)[:, None, None].expand(B, 1, d))[:, 0]
-        return self.head(state_Bd, context_Bd, recent_BRd, recent_count_B)
-
-
-class ItemTower(nn.Module):
-    """An item is the sum of its own row, its category's and its features'; its vector is that, normalised.
-
-    The item rows are not a parameter here: a step gathers the few that it needs and updates only those
-    (see `ItemRows`). The sum, unnormalised, is also what the user tower reads as a behavior.
-    """
-
-    def __init__(self, *, dim: int, categories: int, feature_sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.category = nn.Embedding(categories, dim)
-        self.features = _code_tables(feature_sizes, dim)
-        nn.init.normal_(self.category.weight, std=0.05)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / FIRST_TEMPERATURE)))
-
-    def embed(self, row_Id: Tensor, category_I: Tensor, feature_IF: Tensor) -> Tensor:
-        x_Id = row_Id + self.category(category_I)
-        for i, table in enumerate(self.features):
-            x_Id = x_Id + table(feature_IF[:, i])
-        return x_Id
-
-    @property
-    def scale(self) -> Tensor:
-        """The inverse of the learnable temperature, at most `MAX_SCALE`."""
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
-
-
-class ItemRows:
-    """The embedding rows of all items, of which a step reads and writes only those it names.
-
-    Row-wise Adagrad: one number of state for each row, so 4M items of width 64 take 1 GB, not 3.
-    """
-
-    def __init__(self, items: int, dim: int, generator: torch.Generator, lr: float) -> None:
-        self.weight = torch.randn(items, dim, generator=generator) * 0.05
-        self.sum_of_squares = torch.zeros(items)
-        self.lr = lr
-
-    def gather(self, numbers: Tensor) -> Tensor:
-        """The named rows, as a leaf to take the gradient of."""
-        return self.weight[numbers].requires_grad_()
-
-    def update(self, numbers: Tensor, rows: Tensor, grad: Tensor, factor: float = 1.0) -> None:
-        """Apply the gradient of the named rows; `factor` is the schedule's part of the rate."""
-        self.sum_of_squares[numbers] += grad.square().mean(dim=1)
-        step = self.lr * factor / (self.sum_of_squares[numbers].sqrt() + 1e-10)
-        self.weight[numbers] = rows.detach() - grad * step[:, None]
-
-
-class Towers(nn.Module):
-    """Both towers for one store; the dense part of a model."""
-
-    def __init__(self, store: Store, config: TrainConfig) -> None:
-        super().__init__()
-        self.user = UserTower(
-            dim=config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            context_length=config.context_length,
-            recent_length=config.recent_length,
-            kinds=max(1, len(store.behaviors)),
-            profile_sizes=[field.size for field in store.profile_fields],
-            causal=config.encoder == "packed",
-            dropout=config.dropout,
-        )
-        self.item = ItemTower(
-            dim=config.dim,
-            categories=store.n_categories,
-            feature_sizes=[field.size for field in store.item_fields],
-        )
-
-    def forward(
-        self, rows_Ud: Tensor, step: Step, store: Store, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """User vectors [S, d] of a step's samples and item vectors [U, d] of its items."""
-        category_U = torch.from_numpy(store.item_category[step.numbers]).long()
-        feature_UF = torch.from_numpy(store.item_feature[step.numbers]).long()
-        token_Ud = self.item.embed(rows_Ud, category_U, feature_UF)
+    def of_step(self, token_Ud: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+        """[T, d] states of all rows of a step, as `Step.state` numbers them."""
         rows = [
-            self.user.rows(
+            self.rows(
                 F.embedding(torch.from_numpy(b.item).long(), token_Ud),
                 torch.from_numpy(b.kind),
                 torch.from_numpy(b.profile),
             )
             for b in step.buckets
         ]
-        states = self.user.states(rows, [torch.from_numpy(b.length) for b in step.buckets], generator)
-        user_Sd = self.user.head(
+        return self.states(rows, [torch.from_numpy(b.length) for b in step.buckets], generator)
+
+    def last(
+        self, behavior_BNd: Tensor, kind_BN: Tensor, length_B: Tensor, profile_BP: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of rows of one shape, all states [B, M, d] and of each the one that knows the whole row [B, d]."""
+        x_BMd = self.rows(behavior_BNd, kind_BN, profile_BP)
+        B, M, d = x_BMd.shape
+        state_BMd = self.states([x_BMd], [length_B]).view(B, M, d)
+        slot_B = length_B + (self.prefix - 1) if self.causal else torch.zeros_like(length_B)
+        return state_BMd, state_BMd.gather(1, slot_B[:, None, None].expand(B, 1, d))[:, 0]
+
+
+class UserTower(Encoder):
+    """Behaviors of one context, profile and recent behaviors in; a unit vector out."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        context_length: int,
+        recent_length: int,
+        kinds: int,
+        profile_sizes: Sequence[int],
+        causal: bool,
+        dropout: float,
+        ages: bool = False,
+        returns: bool = False,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            context_length=context_length,
+            kinds=kinds,
+            profile_sizes=profile_sizes,
+            causal=causal,
+            dropout=dropout,
+        )
+        self.recent_length = recent_length
+        if recent_length:
+            self.recent_position = nn.Parameter(torch.randn(recent_length, dim) * 0.02)
+            self.context_query = nn.Linear(dim, dim)
+            self.recent_key = nn.Linear(dim, dim, bias=False)
+            self.recent_value = nn.Linear(dim, dim)
+        read = 1 + bool(recent_length) + (bool(recent_length) or ages)
+        self.mix = nn.Sequential(nn.Linear(read * dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.since = nn.ModuleList([nn.Embedding(AGES, dim) for _ in range(2)]) if ages else None
+        self.pointer = Pointer(dim, context_length) if returns else None
+
+    def head(
+        self,
+        state_Sd: Tensor,
+        context_Sd: Tensor,
+        since_S2: Tensor,
+        recent_SRd: Tensor,
+        recent_count_S: Tensor,
+    ) -> Tensor:
+        """From states to [S, d], of which the user vectors are the direction.
+
+        `recent_SRd` holds the recent behaviors newest first, padded behind; no recent behavior, no effect.
+        """
+        if self.since is not None:
+            last, newest = self.since
+            context_Sd = context_Sd + last(since_S2[:, 0]) + newest(since_S2[:, 1])
+        read = [state_Sd]
+        if self.recent_length:
+            read.append(self._pooled(state_Sd + self.context_query(context_Sd), recent_SRd, recent_count_S))
+        if self.recent_length or self.since is not None:
+            read.append(context_Sd)
+        return state_Sd + self.mix(torch.cat(read, dim=-1))
+
+    def _pooled(self, query_Sd: Tensor, recent_SRd: Tensor, recent_count_S: Tensor) -> Tensor:
+        """[S, d] the recent behaviors, each as far as the query wants it.
+
+        Keys and values are projected on the query's side, S times instead of S * R times.
+        """
+        query_Sd = query_Sd @ self.recent_key.weight / math.sqrt(query_Sd.shape[1])
+        score_SR = torch.bmm(recent_SRd, query_Sd[:, :, None])[..., 0] + query_Sd @ self.recent_position.T
+        absent_SR = torch.arange(recent_SRd.shape[1], device=query_Sd.device) >= recent_count_S[:, None]
+        weight_SR = score_SR.masked_fill(absent_SR, _NEVER).softmax(-1).masked_fill(absent_SR, 0.0)
+        pooled_Sd = torch.bmm(weight_SR[:, None], recent_SRd)[:, 0] + weight_SR @ self.recent_position
+        return self.recent_value(pooled_Sd) * (recent_count_S > 0)[:, None]
+
+    def forward(
+        self,
+        behavior_BNd: Tensor,
+        kind_BN: Tensor,
+        age_BN: Tensor,
+        length_B: Tensor,
+        profile_BP: Tensor,
+        context_Bd: Tensor,
+        since_B2: Tensor,
+        recent_BRd: Tensor,
+        recent_count_B: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """[B, d] one user vector for each row: what serving asks, and the reference for `packed`.
+
+        With a pointer, also [B, 1 + N] log shares of probability: of all items by their vectors, then of
+        each behavior's item (see `Pointer`).
+        """
+        state_BMd, state_Bd = self.last(behavior_BNd, kind_BN, length_B, profile_BP)
+        hidden_Bd = self.head(state_Bd, context_Bd, since_B2, recent_BRd, recent_count_B)
+        user_Bd = F.normalize(hidden_Bd, dim=-1)
+        if self.pointer is None:
+            return (user_Bd,)
+        N = state_BMd.shape[1] - self.prefix
+        back_BN = length_B[:, None] - 1 - torch.arange(N, device=length_B.device)  # from the newest, 0
+        key_BNk = self.pointer.key(state_BMd[:, self.prefix :])
+        return user_Bd, self.pointer(hidden_Bd, key_BNk, back_BN, age_BN, back_BN >= 0)
+
+
+class Pointer(nn.Module):
+    """How probability is divided between items met in this context, behavior by behavior, and all items.
+
+    Each behavior that the state knows gets a logit by what it is, how many behaviors and how long ago it was;
+    one more stands for all items of the category, which their vectors then share out. An item's part is that
+    of all its behaviors together (the sentinel mixture of pointer networks).
+    """
+
+    def __init__(self, dim: int, context_length: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(dim, _POINTER), nn.Linear(dim, _POINTER)
+        self.explore = nn.Linear(dim, 1)
+        self.by_rank = nn.Parameter(torch.zeros(context_length))
+        self.by_age = nn.Parameter(torch.zeros(AGES))
+
+    def forward(
+        self, hidden_Sd: Tensor, key_SNk: Tensor, back_SN: Tensor, age_SN: Tensor, known_SN: Tensor
+    ) -> Tensor:
+        """[S, 1 + N] log shares, which sum to 1 as probabilities: of all items, then of each behavior."""
+        query_Sk = self.query(hidden_Sd) / math.sqrt(_POINTER)
+        logit_SN = torch.bmm(key_SNk, query_Sk[:, :, None])[..., 0]
+        logit_SN = logit_SN + self.by_rank[back_SN.clamp(min=0)] + self.by_age[age_SN]
+        logit_SN = logit_SN.masked_fill(~known_SN, _NEVER)
+        return torch.cat([self.explore(hidden_Sd), logit_SN], dim=1).log_softmax(-1)
+
+
+class Encoded(NamedTuple):
+    """What a step's samples became."""
+
+    user: Tensor  # [S, d] of length 1
+    item: Tensor  # [U, d] of length 1
+    shares: Tensor | None  # [S, 1 + N] see `Pointer`
+
+
+class LongRetriever(Learner):
+    """Both towers for one store, trained on one-category batches."""
+
+    method = "longretriever"
+    config: TrainConfig
+
+    def __init__(self, store: Store, config: TrainConfig) -> None:
+        super().__init__(store, config)
+        self.user = UserTower(
+            dim=config.dim,
+            layers=config.layers,
+            heads=config.heads,
+            context_length=config.context_length,
+            recent_length=config.recent_length + config.life_sample,
+            kinds=max(1, len(store.behaviors)),
+            profile_sizes=[field.size for field in store.profile_fields],
+            causal=config.encoder == "packed",
+            dropout=config.dropout,
+            ages=config.ages,
+            returns=config.returns,
+        )
+
+    def sampling(self) -> Sampling:
+        return self.config.sampling(self.store.n_events)
+
+    def forward(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Encoded:
+        """User vectors of a step's samples and item vectors of its items."""
+        token_Ud = self.tokens(rows_Ud, step, generator)
+        states = self.user.of_step(token_Ud, step, generator)
+        hidden_Sd = self.user.head(
             states[torch.from_numpy(step.state)],
             self.item.category(torch.from_numpy(step.category)),
-            F.embedding(torch.from_numpy(step.recent).long(), token_Ud),
+            torch.from_numpy(step.since),
+            self.recent(token_Ud, step),
             torch.from_numpy(step.recent_count),
         )
-        return user_Sd, F.normalize(token_Ud, dim=-1)
+        shares = None if self.user.pointer is None else self._shares(hidden_Sd, states, step)
+        return Encoded(F.normalize(hidden_Sd, dim=-1), F.normalize(token_Ud, dim=-1), shares)
+
+    def _shares(self, hidden_Sd: Tensor, states_Td: Tensor, step: Step) -> Tensor:
+        assert self.user.pointer is not None
+        key_Tk = self.user.pointer.key(states_Td)
+        back_N = torch.arange(step.past.shape[1])
+        return self.user.pointer(
+            hidden_Sd,
+            F.embedding(torch.from_numpy(step.past), key_Tk),
+            back_N.expand(step.samples, -1),
+            torch.from_numpy(step.past_age),
+            back_N < torch.from_numpy(step.past_count)[:, None],
+        )
+
+    def loss(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
+        """Cross-entropy of the target in its contest; with a pointer, of the mixture with returns.
+
+        `p = share(all) * softmax(v | u, c) + sum of share(b) over behaviors b of the target`. The vectors
+        also learn from the softmax alone, by `explore_weight`: targets that the pointer explains would teach
+        them little otherwise.
+        """
+        user_Sd, item_Ud, shares = self(rows_Ud, step, generator)
+        explored_S = log_likelihood(user_Sd, item_Ud, self.item.scale, step)
+        if shares is None:
+            return -explored_S.sum()
+        mixed_S = mixture(explored_S, shares, torch.from_numpy(step.past_item == step.target[:, None]))
+        weight = self.config.explore_weight if generator is not None else 0.0
+        return -(mixed_S.sum() + weight * explored_S.sum()) / (1 + weight)
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        export_user_tower(self.user, self.config.dim, folder / "user_tower.onnx")
+        c = self.config
+        return {
+            "contexts": True,
+            "corpus": False,
+            "context_length": c.context_length,
+            "recent_length": c.recent_length,
+            "life_sample": c.life_sample,
+            "within": c.within,
+        }
+
+
+def mixture(explored_S: Tensor, shares_S: Tensor, same_SN: Tensor) -> Tensor:
+    """[S] log probability of the target: found by vectors, or by pointing at a behavior of the same item."""
+    returned_S = shares_S[:, 1:].masked_fill(~same_SN, 4 * _NEVER)
+    every = torch.cat([(shares_S[:, 0] + explored_S)[:, None], returned_S], dim=1)
+    return every.logsumexp(-1)
+
+
+def export_user_tower(user: UserTower, dim: int, file: Path) -> None:
+    """Write the user tower as ONNX, any number of rows, any length up to the context length."""
+    rows, N, R = 2, min(3, user.position.shape[0] - user.prefix), user.recent_length
+    example = {
+        "behavior": torch.zeros(rows, N, dim),
+        "kind": torch.zeros(rows, N, dtype=torch.long),
+        "age": torch.zeros(rows, N, dtype=torch.long),
+        "length": torch.full((rows,), N),
+        "profile": torch.zeros(rows, len(user.profile), dtype=torch.long),
+        "context": torch.zeros(rows, dim),
+        "since": torch.zeros(rows, 2, dtype=torch.long),
+        "recent": torch.zeros(rows, R, dim),
+        "recent_count": torch.full((rows,), R),
+    }
+    axes = {name: {0: "row"} for name in example}
+    for name in ("behavior", "kind", "age"):
+        axes[name][1] = "behavior"
+    outputs = ["user"] if user.pointer is None else ["user", "shares"]
+    write_onnx(user, example, outputs, axes, file)

@@ -11,32 +11,34 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longretriever.errors import InputError
-from longretriever.model.batches import Batches, Rows, Step
 from longretriever.model.checkpoint import load_state, save_model, save_state
-from longretriever.model.config import TrainConfig
-from longretriever.model.loss import in_category_loss
-from longretriever.model.towers import ItemRows, Towers
-from longretriever.saved import check_replaceable
+from longretriever.model.config import Learning, TrainConfig
+from longretriever.model.learner import ItemRows, Lesson, Lessons
+from longretriever.saved import check_replaceable, opening
 from longretriever.store.behaviors import Store
 
 PREFETCH = 4  # steps that are read ahead while one is computed
 _WARM_UP = 100  # steps in which the rate rises to its full height
 _LAST_RATE = 0.05  # of the full rate, at the end
 _VALIDATION_SAMPLES = 20_000
+INTERESTS_SHARE = 0.2
+"""Of the minutes that a training may take: for the choice of contexts."""
 
 
 @dataclass
@@ -52,8 +54,10 @@ class Position:
     tokens: int = 0
     padded: int = 0
     validation: list[float] = field(default_factory=list)  # nats below chance, after each epoch
+    curve: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, samples, that figure
     best: int = -1  # epoch with the best validation
     finished: str = ""  # why training ended
+    interests: dict[str, Any] | None = None  # the same of the choice of contexts, where that is learned
 
 
 @dataclass(frozen=True)
@@ -66,41 +70,46 @@ class Tick:
     chance: float  # the same for guessing evenly
     samples_per_second: float
     validation: float | None = None
+    learning: str = "vectors"  # or "interests"
 
 
 class Training:
     """Weights, optimizers and position of one run; `train` is the function to call."""
 
-    def __init__(self, store: Store, config: TrainConfig, threads: int | None = None) -> None:
+    def __init__(self, store: Store, config: Learning, threads: int | None = None) -> None:
         self.store, self.config, self.at = store, config, Position()
         self.boundary = _boundary(store, config.validation)
-        sampling = config.sampling(store.n_events)
-        self.batches = Batches(store, sampling, self.boundary)
-        self.held_out = Batches(store, sampling, store.last_time)
-        self.epochs = config.epochs_for(self.batches.n_samples, sampling.samples)
-        self.total = self.batches.n_samples * self.epochs
+        torch.manual_seed(config.seed)
+        self.learner = config.learner(store)
+        self.batches = self.learner.batches(self.boundary)
+        self.held_out = self.learner.batches(store.last_time, held_out=True)
         if self.batches.n_samples == 0:
             raise InputError(
                 f"nothing to learn from: {store.n_events:,} events in {store.n_categories:,} categories, but "
                 "no category has two items or more. Check the category column of the log."
             )
-        torch.manual_seed(config.seed)
-        self.towers = Towers(store, config)
+        self.epochs = config.epochs_for(self.batches.n_samples, self.batches.step_samples)
+        rest = _rest(config) or 0.0  # kept for the choice of contexts
+        self.minutes = config.minutes and config.minutes - rest
+        self.total = min(self.batches.n_samples * self.epochs, config.samples or sys.maxsize)
         self.workers = ThreadPoolExecutor(min(config.parts, threads or config.parts))
-        self.rows = ItemRows(
-            store.n_items, config.dim, torch.Generator().manual_seed(config.seed), config.row_lr
-        )
+        self.rows = ItemRows(torch.empty(0, config.dim), config.row_lr)
         self.optimizer = torch.optim.AdamW(
-            self.towers.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+            self.learner.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
+
+    def begin(self) -> None:
+        """Give the item rows their first values; a resumed run has others."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        self.rows = ItemRows(self.learner.first_rows(self.boundary, generator), self.config.row_lr)
 
     @property
     def share(self) -> float:
         """Part of the training that is done, by samples or by the clock, whichever is further."""
-        by_clock = self.at.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        by_clock = self.at.seconds / (60 * self.minutes) if self.minutes else 0.0
         return min(1.0, max(self.at.samples / self.total, by_clock))
 
-    def run_step(self, parts: list[Step]) -> float:
+    def run_step(self, parts: Sequence[Lesson]) -> float:
         """One optimizer step; the summed loss.
 
         Parts run side by side on a thread each, and their gradients are added in their order, so the result
@@ -113,14 +122,13 @@ class Training:
             group["lr"] = c.lr * factor
         numbers = torch.from_numpy(parts[0].numbers)
         rows_Ud = self.rows.gather(numbers)
-        leaves = [*self.towers.parameters(), rows_Ud]
-        samples = sum(len(part.state) for part in parts)
+        leaves = [*self.learner.parameters(), rows_Ud]
+        samples = sum(part.samples for part in parts)
 
         def compute(nth: int) -> tuple[float, Sequence[Tensor]]:
             seed = _mixed(c.seed, self.at.epoch, self.at.step, nth)
             generator = torch.Generator().manual_seed(seed)  # of the masks of dropout
-            user_Sd, item_Ud = self.towers(rows_Ud, parts[nth], self.store, generator)
-            loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, parts[nth])
+            loss = self.learner.loss(rows_Ud, parts[nth], generator)
             return loss.item(), torch.autograd.grad(loss / samples, leaves, materialize_grads=True)
 
         done = list(self.workers.map(compute, range(len(parts))))
@@ -136,7 +144,7 @@ class Training:
         at, began, before = self.at, time.perf_counter(), self.at.seconds
         plan = islice(self.batches.epoch(self.config.seed, at.epoch), at.step, None)
         for parts, waited in _read_ahead(self.batches, plan, self.config, at):
-            samples, chance = sum(len(p.state) for p in parts), sum(p.chance for p in parts)
+            samples, chance = sum(p.samples for p in parts), sum(p.chance for p in parts)
             loss = self.run_step(parts) if parts else 0.0
             at.step, at.steps, at.samples = at.step + 1, at.steps + 1, at.samples + samples
             at.waiting, at.seconds = at.waiting + waited, before + time.perf_counter() - began
@@ -145,8 +153,11 @@ class Training:
             if progress and samples:
                 progress(Tick(at, self.share, loss / samples, chance / samples, at.samples / at.seconds))
             save()
-            if self.config.minutes and at.seconds >= 60 * self.config.minutes:
-                at.finished = f"{self.config.minutes:g} minutes are over"
+            if self.minutes and at.seconds >= 60 * self.minutes:
+                at.finished = f"{self.minutes:g} minutes are over"
+                break
+            if at.samples >= self.total and self.config.samples:
+                at.finished = f"{self.config.samples:,} samples are learned"
                 break
 
     @torch.no_grad()
@@ -156,9 +167,8 @@ class Training:
         for plan in self.held_out.after(self.boundary, _VALIDATION_SAMPLES, rng):
             for step in self.held_out.assemble(plan, rng):
                 rows_Ud = self.rows.weight[torch.from_numpy(step.numbers)]
-                user_Sd, item_Ud = self.towers(rows_Ud, step, self.store)
-                loss = in_category_loss(user_Sd, item_Ud, self.towers.item.scale, step)
-                gain, samples = gain + step.chance - loss.item(), samples + len(step.state)
+                loss = self.learner.loss(rows_Ud, step)
+                gain, samples = gain + step.chance - loss.item(), samples + step.samples
         return gain / samples if samples else None
 
     def end_epoch(self) -> float | None:
@@ -167,6 +177,7 @@ class Training:
         gain = self.validate()
         if gain is not None:
             at.validation.append(gain)
+            at.curve.append((round(at.seconds, 3), at.samples, round(gain, 6)))
             if gain >= max(at.validation):
                 at.best = at.epoch
             elif at.epoch - at.best >= c.patience and not at.finished:
@@ -180,14 +191,17 @@ class Training:
 def train(
     store: Store,
     out: str | os.PathLike[str],
-    config: TrainConfig = TrainConfig(),
+    config: Learning = TrainConfig(),
     *,
     progress: Callable[[Tick], None] | None = None,
     checkpoint_seconds: float = 120,
     fresh: bool = False,
     threads: int | None = None,
 ) -> Position:
-    """Train both towers on a store and save the model to `out`; returns how training went.
+    """Train a method on a store and save the model to `out`; returns how training went.
+
+    `config` says which method: `TrainConfig` is LongRetriever, `baselines/` has others.
+
 
     Checkpoints go to a hidden folder beside `out`, at every epoch and about every `checkpoint_seconds`; a
     call with the same store and configuration goes on from there, unless `fresh`. The folder is removed when
@@ -197,13 +211,15 @@ def train(
     Raises `InputError` for a store that has nothing to learn from.
     """
     target = Path(out)
-    check_replaceable(target, "model")  # now, and not after hours of training
     work = target.with_name(f".{target.name}.training")
     run = Training(store, config, threads)
+    check_replaceable(target, run.learner.kind)  # now, and not after hours of training
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    elif (work / "latest").exists():  # not `work`: a run may be killed while it writes its first checkpoint
+    if (work / "latest").exists():  # not `work`: a run may be killed while it writes its first checkpoint
         load_state(work / "latest", run)
+    else:
+        run.begin()
     saved_at = time.perf_counter()
 
     def save_now_and_then() -> None:
@@ -226,9 +242,36 @@ def train(
     if position.validation and position.best < position.epoch - 1:
         load_state(work / "best", run)
         run.at = position
-    save_model(run, target)
+    chosen_by = _learn_interests(run, work, progress, checkpoint_seconds, threads)
+    save_model(run, target, chosen_by)
     shutil.rmtree(work, ignore_errors=True)
     return position
+
+
+def _learn_interests(
+    run: Training,
+    work: Path,
+    progress: Callable[[Tick], None] | None,
+    checkpoint_seconds: float,
+    threads: int | None,
+) -> Path | None:
+    """Train the choice of contexts beside the vectors, where the configuration has one."""
+    config = getattr(run.config, "interests", None)
+    if config is None:
+        return None
+
+    def say(tick: Tick) -> None:
+        if progress:
+            progress(replace(tick, learning="interests"))
+
+    path = work / "interests"
+    if path.exists():  # a run was killed between that and the saving of the model
+        run.at.interests = opening(path, "interests").facts["training"]
+        return path
+    config = replace(config, seed=run.config.seed, minutes=_rest(run.config))
+    at = train(run.store, path, config, progress=say, checkpoint_seconds=checkpoint_seconds, threads=threads)
+    run.at.interests = asdict(at)
+    return path
 
 
 @contextmanager
@@ -240,6 +283,12 @@ def _processors(threads: int | None, parts: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _rest(config: Learning) -> float | None:
+    """The minutes of a bounded training that the choice of contexts may take."""
+    learned = getattr(config, "interests", None) is not None
+    return config.minutes * INTERESTS_SHARE if config.minutes and learned else None
 
 
 def _rate(at: Position) -> float:
@@ -259,10 +308,10 @@ def _boundary(store: Store, validation: float) -> int:
 
 
 def _read_ahead(
-    batches: Batches, plan: Iterator[list[Rows]], config: TrainConfig, at: Position
-) -> Iterator[tuple[list[Step], float]]:
+    batches: Lessons, plan: Iterator[Any], config: Learning, at: Position
+) -> Iterator[tuple[Sequence[Lesson], float]]:
     """Assemble steps on another thread while the model computes; yields (parts, seconds waited for them)."""
-    waiting: deque[Future[list[Step]]] = deque()
+    waiting: deque[Future[Sequence[Lesson]]] = deque()
     first, epoch = at.step, at.epoch
     with ThreadPoolExecutor(1) as reader:  # one: `assemble` has scratch arrays of its own
 

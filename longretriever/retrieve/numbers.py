@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute
@@ -10,8 +12,10 @@ import pyarrow.compute
 from longretriever.errors import Mismatch
 from longretriever.events import ITEM
 from longretriever.model.exported import Model
-from longretriever.retrieve.interests import Contexts
-from longretriever.store.behaviors import Behaviors, Store
+from longretriever.store.behaviors import Behaviors, Store, Vocabulary
+
+if TYPE_CHECKING:
+    from longretriever.retrieve.interests import Contexts
 
 
 class Numbers:
@@ -22,17 +26,13 @@ class Numbers:
 
     def __init__(self, store: Store, model: Model) -> None:
         self.same = model.manifest.made_from.get("store") == store.fingerprint
-        self.item = _matched(store.items[ITEM], model.items[ITEM])
-        self.category = _matched(store.category_ids.values, model.category_ids.values)
-        self.item_of_model = _inverse(self.item, model.n_items)
-        self.category_of_model = _inverse(self.category, len(model.category_ids))
+        self.item = matched(store.items[ITEM], model.items[ITEM])
+        self.category = matched(store.category_ids.values, model.category_ids.values)
+        self.item_of_model = inverse(self.item, model.n_items)
+        self.category_of_model = inverse(self.category, len(model.category_ids))
         known = {kind: code for code, kind in enumerate(model.behaviors)}
         self.kind = np.array([known.get(kind, 0) for kind in store.behaviors] or [0], np.int64)
-        mine = {field.name: (i, field) for i, field in enumerate(store.profile_fields)}
-        self._profile = [
-            (mine[f.name][0], mine[f.name][1].codes_in(f)) if f.name in mine else None
-            for f in model.profile_fields
-        ]
+        self.profile = ProfileCodes(store, model.profile_fields)
 
     def items(self, items: np.ndarray) -> np.ndarray:
         """Those that the model knows."""
@@ -42,7 +42,7 @@ class Numbers:
     def contexts(self, chosen: Contexts) -> Contexts:
         """Those that the model knows."""
         category = self.category[chosen.category]
-        return Contexts(category[category >= 0], chosen.share[category >= 0])
+        return replace(chosen, category=category).only(category >= 0)
 
     def known(self, b: Behaviors) -> Behaviors:
         """Those of a category that the model knows; of the others it can say nothing."""
@@ -54,13 +54,24 @@ class Numbers:
             return b
         return Behaviors(self.item[b.item], self.category[b.category], b.time, self.kind[b.kind])
 
-    def profile(self, codes: np.ndarray) -> np.ndarray:
+
+class ProfileCodes:
+    """From the store's codes of profile fields to a model's."""
+
+    def __init__(self, store: Store, fields: Sequence[Vocabulary]) -> None:
+        mine = {field.name: (i, field) for i, field in enumerate(store.profile_fields)}
+        self._fields = [
+            (mine[f.name][0], mine[f.name][1].codes_in(f)) if f.name in mine else None for f in fields
+        ]
+
+    def __call__(self, codes: np.ndarray) -> np.ndarray:
+        """[P] from the store's [P']; 0 where the store lacks a field or the model a value."""
         return np.array(
-            [0 if field is None else field[1][codes[field[0]]] for field in self._profile], np.int64
+            [0 if field is None else field[1][codes[field[0]]] for field in self._fields], np.int64
         )
 
 
-def _matched(ids: Any, among: Any) -> np.ndarray:
+def matched(ids: Any, among: Any) -> np.ndarray:
     """[len(ids)] where each id stands in `among`, -1 where it does not."""
     if ids.type != among.type:
         raise Mismatch(
@@ -71,7 +82,8 @@ def _matched(ids: Any, among: Any) -> np.ndarray:
     return found.to_numpy().astype(np.int64)
 
 
-def _inverse(numbers: np.ndarray, size: int) -> np.ndarray:
+def inverse(numbers: np.ndarray, size: int) -> np.ndarray:
+    """[size] where each of 0 .. size - 1 stands in `numbers`, -1 where it does not."""
     out = np.full(size, -1, np.int64)
     at = np.flatnonzero(numbers >= 0)
     out[numbers[at]] = at

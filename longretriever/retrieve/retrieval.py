@@ -43,9 +43,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Context:
-    """A category that was asked about."""
+    """A category that was asked about, or all of them at once."""
 
-    category_id: int | str
+    category_id: int | str | None  # None: items of any category
     share: float  # P(category | user)
     behaviors: int  # that the user vector was made from
     candidates: int  # of the merged list
@@ -93,17 +93,18 @@ class Retrieval:
     @property
     def category_ids(self) -> list[Any]:
         """Of each candidate."""
-        return self._model.category_ids.take(self.asked_categories[self.source])
+        return self._model.category_ids.take(self._model.category_of(self.item))
 
     @property
     def asked_categories(self) -> np.ndarray:
-        """[contexts] category numbers of the model, in the order in which they were chosen."""
+        """[contexts] category numbers of the model, in the order in which they were chosen; -1 for all."""
         return np.array([a.request.category for a in self._asked], np.int64)
 
     @cached_property
     def contexts(self) -> list[Context]:
         """The categories asked about, in the order in which they were chosen."""
-        ids = self._model.category_ids.take(self.asked_categories)
+        asked = self.asked_categories
+        ids = [self._model.category_ids.take([c])[0] if c >= 0 else None for c in asked]
         count = np.bincount(self.source, minlength=len(ids))
         return [
             Context(category_id, a.share, len(a.request.behaviors.item), int(n))

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,10 @@ import pyarrow.parquet as pq
 
 from longretriever.errors import InputError, Mismatch, NotSaved
 from longretriever.events import CATEGORY, ITEM, LATEST, USER
-from longretriever.index import ExactIndex, Index, build
+from longretriever.index import CORPUS, ExactIndex, Index, build
 from longretriever.model.exported import Model, Request
-from longretriever.retrieve.interests import Interests, RandomInTop
-from longretriever.retrieve.merge import Merge, Ranked, probability
+from longretriever.retrieve.interests import INTERESTS, Contexts, Interests, Pgin, RandomInTop
+from longretriever.retrieve.merge import MERGES, Merge, Ranked
 from longretriever.retrieve.numbers import Numbers
 from longretriever.retrieve.retrieval import Asked, Retrieval
 from longretriever.retrieve.rules import Ruled, Rules
@@ -31,6 +32,15 @@ from longretriever.saved import beside, sync
 from longretriever.store.behaviors import Behaviors, Life, Store
 
 BATCH = 64  # users that share one call of the user tower and of the index
+
+
+class Found(NamedTuple):
+    """What one user vector found: see `Index.search` and `Index.log_normaliser`."""
+
+    item: np.ndarray
+    cosine: np.ndarray
+    normaliser: float
+    user: np.ndarray  # [D] the vector itself
 
 
 class Retriever:
@@ -43,11 +53,14 @@ class Retriever:
         store: Store,
         *,
         interests: Interests | None = None,
-        merge: Merge = probability,
+        merge: Merge | None = None,
     ) -> None:
         self.model, self.index, self.store = model, index, store
-        self.interests: Interests = interests or RandomInTop()
-        self.merge = merge
+        if interests is None:
+            interests = Pgin() if (model.path / INTERESTS).exists() else RandomInTop()
+        self._opened: dict[Pgin, Pgin] = {}
+        self.interests = self._bound(interests)
+        self.merge = merge or MERGES[model.merge]
         self._numbers = Numbers(store, model)
 
     @classmethod
@@ -59,13 +72,14 @@ class Retriever:
         index: str | os.PathLike[str] | None = None,
         exact: bool = False,
         interests: Interests | None = None,
-        merge: Merge = probability,
+        merge: Merge | None = None,
         verify: bool = False,
         threads: int = 1,
     ) -> Retriever:
         """Open a model folder, with `path/index` and the store it was trained on unless others are given.
 
-        `exact=True` scans all item vectors instead of opening an index. `threads` is for the user tower.
+        `interests` and `merge` are those that the model was made for, unless given. `exact=True` scans all
+        item vectors instead of opening an index. `threads` is for the user tower.
         Raises a `SavedError` when a folder is absent, damaged, or the index is not of this model.
         """
         model = Model.open(path, verify, threads)
@@ -127,59 +141,119 @@ class Retriever:
         owner: list[int] = []
         shares: list[float] = []
         rows: list[tuple[Request, Behaviors]] = []
-        for i, life in enumerate(lives):
-            draw = rng if isinstance(rng, np.random.Generator) else np.random.default_rng([rng, life.user])
-            chosen = self._numbers.contexts((interests or self.interests)(life, draw))
-            contexts = ruled.contexts(chosen)
-            rows += self._requests(life, [category for category, _ in contexts])
-            shares += [share for _, share in contexts]
-            owner += [i] * len(contexts)
-        answers = self._search([r for r, _ in rows], [lives[i] for i in owner], shares, k, ruled)
+        looked_at = [life.lately(self.model.within) for life in lives]
+        chosen = self._choose(looked_at, rng, self._bound(interests) if interests else self.interests)
+        for i, life in enumerate(looked_at):
+            contexts = ruled.contexts(self._numbers.contexts(chosen[i]))
+            mine = self._requests(life, contexts)
+            rows += [row for row, _ in mine]
+            shares += [share for _, share in mine]
+            owner += [i] * len(mine)
         asked: list[list[Asked]] = [[] for _ in lives]
-        for i, (request, spoke), share, answer in zip(owner, rows, shares, answers, strict=True):
-            asked[i].append(Asked(request, spoke, share, answer))
+        for n, answer in self._search([r for r, _ in rows], [lives[i] for i in owner], shares, k, ruled):
+            asked[owner[n]].append(Asked(*rows[n], answer.share, answer))
         merge = merge or self.merge
         return [
             Retrieval(self.model, life, mine, merge(ruled.lists([a.answer for a in mine]), k))
             for life, mine in zip(lives, asked, strict=True)
         ]
 
-    def _requests(self, life: Life, categories: Sequence[int]) -> list[tuple[Request, Behaviors]]:
-        """Rows of the user tower for one life, each with the behaviors that speak in it."""
-        numbers = self._numbers
-        lately = numbers.known(life.recent(self.model.recent_length))
+    def _bound(self, interests: Interests) -> Interests:
+        """A `Pgin` without weights of its own gets those that were trained with the model, opened once."""
+        if not isinstance(interests, Pgin):
+            return interests
+        return self._opened.setdefault(interests, interests.beside(self.model.path))
+
+    def _choose(
+        self, lives: Sequence[Life], rng: np.random.Generator | int, interests: Interests
+    ) -> list[Contexts]:
+        """The contexts of each life, in the store's numbers."""
+        if not self.model.asks_contexts:
+            return [Contexts.none()] * len(lives)
+        if isinstance(interests, Pgin):  # one call of its model for all
+            return interests.for_many(lives)
+        if isinstance(rng, np.random.Generator):
+            return [interests(life, rng) for life in lives]
+        return [interests(life, np.random.default_rng([rng, life.user])) for life in lives]
+
+    def _requests(
+        self, life: Life, contexts: Sequence[tuple[int, float]]
+    ) -> list[tuple[tuple[Request, Behaviors], float]]:
+        """Rows of the user tower for one life, each with the behaviors that speak in it, and its share."""
+        numbers, model = self._numbers, self.model
+        lately = numbers.known(life.sampled(max(1, model.recent_length), model.life_sample))
         recent, profile = numbers.behaviors(lately), numbers.profile(life.profile())
         out = []
-        for category in categories:
+        for category, share in contexts:
             at_store = int(numbers.category_of_model[category])
-            met = life.in_context(at_store, self.model.context_length)
-            request = Request(category, numbers.behaviors(met), recent, profile)
-            out.append((request, met if len(met.item) else lately))
+            met = life.in_context(at_store, model.context_length)
+            request = Request(category, numbers.behaviors(met), recent, profile, life.now)
+            out.append(((request, met if len(met.item) else lately), share))
+        if model.asks_corpus and len(lately.item):
+            met = numbers.known(life.recent(model.context_length))
+            request = Request(CORPUS, numbers.behaviors(met), recent, profile, life.now)
+            out.append(((request, met if len(met.item) else lately), 1.0))
         return out
 
     def _search(
         self, rows: list[Request], lives: Sequence[Life], shares: Sequence[float], k: int, ruled: Ruled
-    ) -> list[Ranked]:
+    ) -> Iterator[tuple[int, Ranked]]:
+        """The answers, each with the row that it is of; a row has one for each of its user vectors."""
         if not rows:
-            return []
-        user_ND = self.model.user_vectors(rows)
-        context_N = np.array([r.category for r in rows])
+            return
+        vectors = self.model.user_vectors(rows)
+        row_N = np.repeat(np.arange(len(rows)), vectors.interests)
+        user_ND = vectors.user[np.arange(vectors.user.shape[1]) < vectors.interests[:, None]]
+        context_N = np.array([rows[i].category for i in row_N])
         unwanted = self._unwanted(rows, lives, ruled)
-        largest = int(np.diff(self.model.category_start)[context_N].max())
-        fetch = max(1, min(k + max(map(len, unwanted)), largest))
+        fetch = max(1, min(k + max(map(len, unwanted)), self._largest(context_N)))
         item_Nk, cosine_Nk = self.index.search(user_ND, context_N, fetch)
         # By the first k alone: what others of the call have fetched must not change a user's answer.
         head_Nk = item_Nk[:, :k], cosine_Nk[:, :k]
         normaliser_N = self.index.log_normaliser(user_ND, context_N, self.model.scale, *head_Nk)
-        answers = []
-        for i, row in enumerate(rows):
-            keep = item_Nk[i] >= 0
-            if len(unwanted[i]):
-                keep &= ~np.isin(item_Nk[i], unwanted[i])
-            item, cosine = item_Nk[i][keep][:k], cosine_Nk[i][keep][:k]
-            log_prob = self.model.scale * cosine.astype(np.float64) - normaliser_N[i]
-            answers.append(Ranked(row.category, shares[i], item, cosine, log_prob))
-        return answers
+        for n, i in enumerate(row_N):
+            head = k + len(unwanted[i])  # as many as this row alone would have fetched
+            found = Found(item_Nk[n, :head], cosine_Nk[n, :head], normaliser_N[n], user_ND[n])
+            log_shares = None
+            if vectors.shares is not None:
+                log_shares = _shared(vectors.shares[i], ruled.rules.returns)
+            item, cosine, log_prob = self._probable(rows[i], found, log_shares, unwanted[i], k)
+            share = shares[int(i)] / vectors.interests[i]
+            yield int(i), Ranked(rows[i].category, share, item, cosine, log_prob)
+
+    def _largest(self, context_N: np.ndarray) -> int:
+        """How many items the largest of these contexts holds."""
+        if (context_N == CORPUS).any():
+            return self.model.n_items
+        return int(np.diff(self.model.category_start)[context_N].max())
+
+    def _probable(
+        self, row: Request, found: Found, log_shares: np.ndarray | None, unwanted: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The k items of highest probability, their cosines, and log P(item | user, context).
+
+        With shares, an item that the user met in the context gets those of its behaviors beside what its
+        vector earns it.
+        """
+        item, cosine = found.item[found.item >= 0], found.cosine[found.item >= 0]
+        met = row.behaviors.item
+        if row.category != CORPUS:  # an item may have been of another category when the model was trained
+            low, high = self.model.category_start[row.category : row.category + 2]
+            met = np.where((low <= met) & (met < high), met, -1)
+        if log_shares is not None:
+            past = np.unique(met[met >= 0])
+            missing = past[~np.isin(past, item)]
+            item = np.concatenate([item, missing])
+            cosine = np.concatenate([cosine, self.model.item_vectors(missing) @ found.user])
+        log_prob = self.model.scale * cosine.astype(np.float64) - found.normaliser
+        if log_shares is not None:
+            log_prob += log_shares[0]
+            log_prob = _with_returns(item, log_prob, met, log_shares[1:])
+        if len(unwanted):
+            keep = ~np.isin(item, unwanted)
+            item, cosine, log_prob = item[keep], cosine[keep], log_prob[keep]
+        best = slice(0, k) if log_shares is None else np.argsort(-log_prob, kind="stable")[:k]
+        return item[best], cosine[best], log_prob[best]
 
     def _unwanted(self, rows: list[Request], lives: Sequence[Life], ruled: Ruled) -> list[np.ndarray]:
         """For each row, item numbers of its category that must not come back."""
@@ -191,6 +265,9 @@ class Retriever:
                 if id(life) not in seen:
                     seen[id(life)] = np.sort(self._numbers.items(life.items()))
                 unwanted = np.union1d(unwanted, seen[id(life)]) if len(ruled.items) else seen[id(life)]
+            if row.category == CORPUS:
+                out.append(unwanted)
+                continue
             low, high = self.model.category_start[row.category : row.category + 2]
             out.append(unwanted[np.searchsorted(unwanted, low) : np.searchsorted(unwanted, high)])
         return out
@@ -265,7 +342,7 @@ class Retriever:
             length = [len(a) for a in group]
             user = self.store.user_ids.values.take(pa.array(np.repeat([a._life.user for a in group], length)))
             item = np.concatenate([a.item for a in group])
-            category = np.searchsorted(self.model.category_start, item, side="right") - 1
+            category = self.model.category_of(item)
             yield pa.table(
                 [
                     user,
@@ -277,13 +354,62 @@ class Retriever:
                 schema=schema,
             )
 
+    def context_vectors(self, lives: Sequence[Life], category: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n, D] the user vector of each life in one context each, and [n] whether there is a behavior in it.
+
+        `category` [n] are numbers of the store; -1 of the model's is not there, and its vector is 0.
+        """
+        vectors = np.zeros((len(lives), self.model.dim), np.float32)
+        there = np.zeros(len(lives), bool)
+        for at in range(0, len(lives), BATCH):
+            rows, places = [], []
+            for i, life in enumerate(lives[at : at + BATCH], start=at):
+                number = int(self._numbers.category[category[i]])
+                if number >= 0:
+                    ((request, _), _), *_ = self._requests(life.lately(self.model.within), [(number, 1.0)])
+                    rows.append(request)
+                    places.append(i)
+                    there[i] = len(request.behaviors.item) > 0
+            if rows:
+                vectors[places] = self.model.user_vectors(rows).user[:, 0]
+        return vectors, there
+
+    def store_vectors(self) -> np.ndarray:
+        """[I, D] the item vectors in the store's numbers; 0 for items that the model does not know."""
+        vectors = np.zeros((len(self._numbers.item), self.model.dim), np.float32)
+        known = np.flatnonzero(self._numbers.item >= 0)
+        vectors[known] = self.model.item_vectors(self._numbers.item[known])
+        return vectors
+
     def store_categories(self, categories: np.ndarray) -> np.ndarray:
         """The store's numbers of category numbers of the model, -1 where the store has no such category."""
-        return self._numbers.category_of_model[categories]
+        return np.where(categories >= 0, self._numbers.category_of_model[categories], -1)
 
     def store_items(self, items: np.ndarray) -> np.ndarray:
         """The store's numbers of item numbers of the model, -1 where the store has no such item."""
         return self._numbers.item_of_model[items]
+
+
+def _shared(log_shares: np.ndarray, returns: float | None) -> np.ndarray:
+    """Shares of all items and of each behavior (see `UserTower`), those of the behaviors `returns` in all."""
+    explored = np.exp(log_shares[0])
+    if returns is None or explored >= 1:  # nothing to return to
+        return log_shares
+    with np.errstate(divide="ignore"):
+        factor = np.log(returns) - np.log1p(-explored)
+        return np.append(np.log(1 - returns), log_shares[1:] + factor)
+
+
+def _with_returns(
+    item: np.ndarray, log_prob: np.ndarray, met: np.ndarray, log_share: np.ndarray
+) -> np.ndarray:
+    """Log probabilities of items, to which the shares of the behaviors `met` are added."""
+    order = np.argsort(item)
+    known = np.flatnonzero(met >= 0)
+    at = order[np.searchsorted(item, met[known], sorter=order)]
+    returned = np.full(len(item), -np.inf)
+    np.logaddexp.at(returned, at, log_share[known])
+    return np.logaddexp(log_prob, returned)
 
 
 def _trained_on(model: Model, verify: bool) -> Store:

@@ -27,8 +27,11 @@ class Rules:
     include_categories: Collection[int | str] = ()  # asked about in any case, after those chosen
     quotas: Mapping[int | str, int] | None = None  # at most so many candidates of a category
     boosts: Mapping[int | str, float] | None = None  # factor on a category's share, see `merge`
+    returns: float | None = None  # share of a context for items met in it, 0 to 1; None: as the model judges
 
     def __post_init__(self) -> None:
+        if self.returns is not None and not 0 <= self.returns <= 1:
+            raise InputError(f"returns={self.returns}: expected a share from 0 to 1, or None.")
         for category, most in (self.quotas or {}).items():
             if most < 0:
                 raise InputError(f"the quota of category {category!r} is {most}, expected 0 or more items.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,13 +248,13 @@ class Store:
         return np.asarray(ordered[max(0, stop - limit) : stop])
 
     def engagement(
-        self, user: int, now: float | None = None, floor: float = FLOOR
+        self, user: int, now: float | None = None, floor: float = FLOOR, since: float = -np.inf
     ) -> tuple[np.ndarray, np.ndarray]:
         """Equation 3 for every category that the user met before `now`.
 
         Returns category numbers and `Score_c = sum over b in c of 1 / t_b`, t_b the age of b in days, at
-        least `floor` seconds. Behaviors at or after `now` do not count; `now=None` is just after the
-        store's last event. O(events of the user).
+        least `floor` seconds. Behaviors at or after `now`, or before `since`, do not count; `now=None` is
+        just after the store's last event. O(events of the user).
         """
         now = self.last_time + 1 if now is None else now
         first, last = int(self.user_group[user]), int(self.user_group[user + 1])
@@ -262,7 +262,8 @@ class Store:
         if rows.stop == rows.start:
             return np.empty(0, np.int32), np.empty(0)
         age = now - self.event_time[rows].astype(np.float64)
-        weight = np.where(age > 0, SECONDS_PER_DAY / np.maximum(age, floor), 0.0)
+        counts = (age > 0) & (age <= now - since)
+        weight = np.where(counts, SECONDS_PER_DAY / np.maximum(age, floor), 0.0)
         score = np.add.reduceat(weight, self.group_start[first:last] - rows.start)
         met = score > 0
         return np.asarray(self.group_category[first:last])[met], score[met]
@@ -283,7 +284,7 @@ class Behaviors(NamedTuple):
 
 @dataclass(frozen=True)
 class Life:
-    """What one user did strictly before `now`: all that a request may know of the user.
+    """What one user did strictly before `now` and not before `since`: all a request may know of him.
 
     Retrieval asks only a Life, so that no behavior at or after the request can slip in.
     """
@@ -291,10 +292,19 @@ class Life:
     store: Store
     user: int
     now: float
+    since: float = -np.inf
+
+    def lately(self, behaviors: int | None) -> Life:
+        """The last so many behaviors (and those of the same second as the first of them); None: all."""
+        if behaviors is None:
+            return self
+        rows = self.store.recent(self.user, self.now, behaviors)
+        since = float(self.store.event_time[rows[0]]) if len(rows) else -np.inf
+        return replace(self, since=max(self.since, since))
 
     def engagement(self, floor: float = FLOOR) -> tuple[np.ndarray, np.ndarray]:
         """Categories met and their Equation 3 scores; see `Store.engagement`."""
-        return self.store.engagement(self.user, self.now, floor)
+        return self.store.engagement(self.user, self.now, floor, self.since)
 
     def in_context(self, category: int, limit: int = 50) -> Behaviors:
         """The last `limit` behaviors in this category, oldest first: `S_u(c)`."""
@@ -304,8 +314,20 @@ class Life:
         """The last `limit` behaviors of any category, oldest first."""
         return self._behaviors(self.store.recent(self.user, self.now, limit))
 
+    def sampled(self, newest: int, older: int) -> Behaviors:
+        """The `newest` last behaviors and `older` ones spread evenly over the rest, oldest first.
+
+        O(events of the user) unless `older` is 0.
+        """
+        if older == 0:
+            return self.recent(newest)
+        rows = self.store.recent(self.user, self.now, self.store.n_events)
+        rows = rows[self.store.event_time[rows] >= self.since]
+        place, count = spread(np.array([len(rows)]), newest, older)
+        return self._behaviors(rows[place[0, : count[0]][::-1]])
+
     def items(self) -> np.ndarray:
-        """Sorted distinct items met. O(events of the user)."""
+        """Sorted distinct items met, also before `since`. O(events of the user)."""
         rows = self.store.rows_of(self.user)
         return np.unique(self.store.event_item[rows][self.store.event_time[rows] < self.now])
 
@@ -315,8 +337,28 @@ class Life:
 
     def _behaviors(self, rows: slice | np.ndarray) -> Behaviors:
         store = self.store
-        item = store.event_item[rows]
-        return Behaviors(item, store.item_category[item], store.event_time[rows], store.event_behavior[rows])
+        item, time = store.event_item[rows], store.event_time[rows]
+        found = Behaviors(item, store.item_category[item], time, store.event_behavior[rows])
+        return found if self.since == -np.inf else found.pick(time >= self.since)
+
+
+def spread(lived: np.ndarray, newest: int, older: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which behaviors of lives of these lengths [n] are looked at, and how many.
+
+    Returns places in the life [n, newest + older], from 0, the oldest: the `newest` last, newest first, and
+    then `older` of what is before them, evenly spread, newest first too; 0 pads. Lives of at most
+    newest + older behaviors are looked at whole.
+    """
+    last = lived[:, None] - 1 - np.arange(newest)
+    rest = np.maximum(lived - newest, 0)[:, None]
+    taken = np.minimum(rest, older)
+    nth = taken - 1 - np.arange(older)
+    between = (2 * nth + 1) * rest // np.maximum(2 * taken, 1)
+    place = np.concatenate([last, np.where(nth >= 0, between, -1)], axis=1)
+    count = np.minimum(lived, newest) + taken[:, 0]
+    if older:  # a short life leaves a gap between its newest and nothing older, but then all of it is there
+        place = np.where(np.arange(newest + older) < count[:, None], place, -1)
+    return np.maximum(place, 0), count
 
 
 def read_arrow(file: Path) -> pa.Table:

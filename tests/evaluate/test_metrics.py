@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -145,3 +146,78 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     value, user = np.random.default_rng(3).random((50, 1)), np.arange(50)
     ends = [metrics.interval(value, user, np.random.default_rng(5)).tolist() for _ in range(2)]
     assert ends[0] == ends[1]
+
+
+# -- is it more than chance?
+
+
+def every_flip(difference: np.ndarray, user: np.ndarray) -> float:
+    """The exact p-value, by trying all signs."""
+    total = np.bincount(user, weights=difference)
+    sums = [abs(np.dot(signs, total)) for signs in itertools.product((-1, 1), repeat=len(total))]
+    return float(np.mean([s >= abs(total.sum()) - 1e-9 for s in sums]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_flips_come_near_to_all_flips(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(9), rng.integers(1, 4, 9))
+    difference = rng.integers(-1, 2, (len(user), 2)) + np.array([0.0, 0.3])
+    p = metrics.sign_flip(difference, user * 10, rng, flips=20_000)
+    assert p == pytest.approx([every_flip(column, user) for column in difference.T], abs=0.015)
+
+
+def test_equal_models_are_alike_for_sure() -> None:
+    nothing, user = np.zeros((50, 2)), np.arange(50) // 3
+    assert metrics.sign_flip(nothing, user, np.random.default_rng(1), flips=99).tolist() == [1, 1]
+    assert np.isnan(metrics.sign_flip(nothing[:0], user[:0], np.random.default_rng(1))).all()
+
+
+def test_a_clearly_better_model_is_found_and_no_p_is_zero() -> None:
+    rng = np.random.default_rng(1)
+    better = 0.1 + 0.2 * rng.standard_normal((400, 1))
+    p = metrics.sign_flip(better, np.arange(400) // 2, rng, flips=999)
+    assert p == pytest.approx(1 / 1000)
+    assert metrics.sign_flip(-better, np.arange(400) // 2, rng, flips=999) == pytest.approx(p)
+
+
+def test_the_same_generator_gives_the_same_p_in_one_go_and_nearly_so_in_several(monkeypatch) -> None:
+    difference, user = np.random.default_rng(3).standard_normal((60, 2)), np.arange(60) // 2
+    p = [metrics.sign_flip(difference, user, np.random.default_rng(5)).tolist() for _ in range(2)]
+    monkeypatch.setattr(metrics, "_SIGNS_AT_ONCE", 30 * 77)
+    assert p[0] == p[1]
+    assert p[0] == pytest.approx(metrics.sign_flip(difference, user, np.random.default_rng(5)), abs=0.02)
+
+
+@pytest.mark.parametrize(("worst", "low", "high"), [(50, 0.032, 0.068), (1, 0.02, 0.068)])
+def test_p_under_five_percent_is_found_between_equals_in_five_percent(worst, low, high) -> None:
+    """600 A/A data sets, several requests a user, of users who differ in how hard they are.
+
+    Bounds are two standard errors. Where all values are 0 or 1 (`worst` place 1), ties make p cautious.
+    """
+    rng = np.random.default_rng(7)
+    found = 0
+    for _ in range(600):
+        user = np.repeat(np.arange(60), rng.integers(1, 6, 60))
+        hard = rng.random(60)[user]
+        ours, theirs = (
+            (rng.random(len(user)) < hard) / rng.integers(1, worst + 1, len(user)) for _ in range(2)
+        )
+        p = metrics.sign_flip((ours - theirs)[:, None], user, rng, flips=399)[0]
+        found += p < 0.05
+    assert low < found / 600 < high
+
+
+def test_requests_of_one_user_flip_together() -> None:
+    """25 requests of each of 8 users who differ: as 200 requests of 200 users it would look sure."""
+    total = np.array([1, 1, 1, -1, 1, 1, -1, 1.0])
+    difference, user = np.repeat(total, 25)[:, None], np.repeat(np.arange(8), 25)
+    rng = np.random.default_rng(0)
+    assert metrics.sign_flip(difference, user, rng)[0] > 0.2
+    assert metrics.sign_flip(difference, np.arange(200), rng)[0] < 0.001
+
+
+def test_holm_by_hand() -> None:
+    assert metrics.holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm(np.array([0.6, 0.9])) == pytest.approx([1, 1])
+    assert metrics.holm(np.array([])).tolist() == []

@@ -7,16 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from longretriever.model.batches import Contest, Step
-from longretriever.model.loss import in_category_loss
+from longretriever.model.loss import log_likelihood
 
 SCALE = torch.tensor(3.0)
 
 
 def step_of(contests, samples, items):
-    none = np.empty(0, np.int64)
-    return Step(
-        np.arange(items), [], np.zeros(samples, int), np.zeros(samples, int), none, none, contests, 0, 0
-    )
+    """A step of which only the contests matter."""
+    none = {name: np.zeros(samples, np.int64) for name in Step._fields}
+    return Step(**{**none, "numbers": np.arange(items), "contests": contests})
 
 
 def unit(*shape):
@@ -31,14 +30,14 @@ def test_whole_categories():
         Contest(slice(0, 2), slice(1, 4), np.array([0, 2]), None),
         Contest(slice(2, 5), slice(5, 9), np.array([3, 0, 1]), None),
     ]
-    wanted = sum(
-        -(3 * user[s] @ item[c.candidate].T).log_softmax(0)[c.target[i]]
+    wanted = [
+        (3 * user[s] @ item[c.candidate].T).log_softmax(0)[c.target[i]]
         for c in contests
         for i, s in enumerate(range(c.samples.start, c.samples.stop))
-    )
-    loss = in_category_loss(user, item, SCALE, step_of(contests, 5, 9))
-    torch.testing.assert_close(loss, wanted)
-    loss.backward()
+    ]
+    found = log_likelihood(user, item, SCALE, step_of(contests, 5, 9))
+    torch.testing.assert_close(found, torch.stack(wanted))
+    found.sum().backward()
     assert item.grad[[0, 4]].abs().sum() == 0, "items of no contest must not be pushed"
 
 
@@ -47,9 +46,10 @@ def test_sampled_categories_are_corrected():
     log_q = np.log(np.array([0.9, 0.2, 0.5], np.float32))
     sampled = Contest(slice(0, 1), np.array([0, 2, 5]), np.array([1]), log_q)
     whole = Contest(slice(1, 2), slice(3, 5), np.array([0]), None)
-    a = -(3 * item[[0, 2, 5]] @ user[0] - torch.from_numpy(log_q)).log_softmax(0)[1]
-    b = -(3 * item[3:5] @ user[1]).log_softmax(0)[0]
-    torch.testing.assert_close(in_category_loss(user, item, SCALE, step_of([sampled, whole], 2, 6)), a + b)
+    a = (3 * item[[0, 2, 5]] @ user[0] - torch.from_numpy(log_q)).log_softmax(0)[1]
+    b = (3 * item[3:5] @ user[1]).log_softmax(0)[0]
+    found = log_likelihood(user, item, SCALE, step_of([sampled, whole], 2, 6))
+    torch.testing.assert_close(found, torch.stack([a, b]))
 
 
 def test_log_q_makes_sampling_agree_with_the_whole_on_average():
@@ -62,15 +62,15 @@ def test_log_q_makes_sampling_agree_with_the_whole_on_average():
     q = np.linspace(0.2, 0.9, 30)
     q[7] = 1.0  # the target always competes
     log_q = np.log(q).astype(np.float32)
-    losses = []
+    found = []
     for correction in (log_q, 0 * log_q):
         total = 0.0
         for _ in range(2000):
             chosen = np.flatnonzero(rng.random(30) < q)
             contest = Contest(slice(0, 1), chosen, np.searchsorted(chosen, [7]), correction[chosen])
-            total += in_category_loss(user, item, SCALE, step_of([contest], 1, 30)).item()
-        losses.append(total / 2000)
+            total += log_likelihood(user, item, SCALE, step_of([contest], 1, 30)).item()
+        found.append(total / 2000)
     whole = Contest(slice(0, 1), slice(0, 30), np.array([7]), None)
-    wanted = in_category_loss(user, item, SCALE, step_of([whole], 1, 30)).item()
-    assert abs(losses[0] - wanted) < 0.12  # the logarithm of an unbiased sum is a little low
-    assert abs(losses[1] - wanted) > 0.4
+    wanted = log_likelihood(user, item, SCALE, step_of([whole], 1, 30)).item()
+    assert abs(found[0] - wanted) < 0.12  # the logarithm of an unbiased sum is a little low
+    assert abs(found[1] - wanted) > 0.4

@@ -15,7 +15,7 @@ import pytest
 
 from longretriever.errors import InputError, Mismatch, NotSaved
 from longretriever.index import ExactIndex
-from longretriever.model.config import TrainConfig
+from longretriever.model.config import PginConfig, TrainConfig
 from longretriever.model.exported import Model
 from longretriever.model.train import train
 from longretriever.retrieve.interests import Top
@@ -23,7 +23,17 @@ from longretriever.retrieve.retriever import Retriever
 from longretriever.store.behaviors import Store
 from tests.worlds import START, parity_log, random_log, stored, table
 
-TINY = TrainConfig(dim=16, heads=2, context_length=8, recent_length=4, overlap=2, step_samples=100, epochs=3)
+TINY = TrainConfig(
+    dim=16,
+    heads=2,
+    context_length=8,
+    recent_length=4,
+    overlap=2,
+    step_samples=100,
+    epochs=3,
+    interests=None,
+)
+INTERESTS = PginConfig(dim=8, recent_length=4, categories=3, step_samples=200, epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +70,30 @@ def test_it_learns_what_only_the_context_tells(parity, tmp_path, encoder):
     assert not list(tmp_path.glob(".*")), "the working folder must be gone"
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"returns": False, "ages": False, "recent_length": 0},
+        {"mixed": True, "whole_category_up_to": 10, "sampled_negatives": 5},
+        {"within": 5, "distance": 0.5},
+        vars(TrainConfig.paper()),
+    ],
+    ids=["plain", "mixed", "within", "paper"],
+)
+def test_every_switch_trains_and_serves(parity, tmp_path, switches):
+    sizes = ("dim", "heads", "context_length", "overlap", "step_samples")
+    config = replace(TINY, **{**switches, **{name: getattr(TINY, name) for name in sizes}, "samples": 500})
+    at = train(parity, tmp_path / "model", config)
+    assert at.finished == "500 samples are learned"
+    assert 500 <= at.samples < 700, "to the end of a step"
+    assert np.isfinite(at.validation).all()
+    retriever = Retriever.load(tmp_path / "model", exact=True, interests=Top(3))
+    answer = retriever.retrieve(5, 1000)
+    assert len(answer) == 12 * len(answer.contexts) >= 24
+    probability = np.exp([c.log_prob for c in answer.candidates])
+    np.testing.assert_allclose(np.bincount(answer.source, probability), 1, atol=1e-3)
+
+
 def weights(path: Path) -> np.ndarray:
     return np.concatenate(
         [np.load(path / "item_token.npy").ravel(), np.load(path / "category_token.npy").ravel()]
@@ -68,7 +102,7 @@ def weights(path: Path) -> np.ndarray:
 
 def test_the_same_seed_gives_the_same_weights(parity, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(parity, tmp_path / name, replace(TINY, seed=seed))
+        train(parity, tmp_path / name, replace(TINY, seed=seed, interests=INTERESTS))
     assert np.array_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not np.array_equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
     a, b = Model.open(tmp_path / "a", verify=True), Model.open(tmp_path / "b")
@@ -166,6 +200,15 @@ def test_minutes_bound_it(parity, tmp_path):
     assert Model.open(tmp_path / "model").n_items == parity.n_items
 
 
+def test_minutes_bound_the_vectors_and_the_choice_of_contexts_together(parity, tmp_path):
+    endless = replace(INTERESTS, epochs=10_000, patience=10_000)
+    config = replace(TINY, epochs=10_000, minutes=0.03, patience=10_000, interests=endless)
+    at = train(parity, tmp_path / "model", config)
+    parts = [float(f.removesuffix(" minutes are over")) for f in (at.finished, at.interests["finished"])]
+    assert sum(parts) == pytest.approx(0.03)
+    assert parts[0] > parts[1] > 0
+
+
 def test_nothing_to_learn_from(tmp_path):
     log = table([1, 1, 2], ["a", "a", "b"], ["x", "x", "y"], [START, START + 1, START + 2])
     store = stored(log, tmp_path / "store")
@@ -194,6 +237,18 @@ def test_the_smallest_logs_train(tmp_path, log):
         ({"validation": 0.9}, "0.5"),
         ({"epochs": 0}, "epochs"),
         ({"minutes": 0}, "minutes"),
+        ({"samples": 0}, "samples=0: expected 1 or more, or None for no bound"),
+        ({"patience": 0}, "patience=0: expected at least 1"),
+        ({"dropout": 1.0}, r"dropout=1.0: expected a share in \[0, 1\)"),
+        ({"id_dropout": -0.1}, r"id_dropout=-0.1: expected a share"),
+        ({"distance": 1.0}, r"distance=1.0: expected a share"),
+        ({"recent_length": -1}, "recent_length=-1, within=None: expected at least 0"),
+        ({"within": 0}, "within=0: expected at least 0, at least 1"),
+        (
+            {"life_sample": 3, "recent_length": 0},
+            "life_sample=3: expected 0, or more with recent_length above 0",
+        ),
+        ({"life_sample": 3, "within": 50}, r"life_sample=3: .*whole life looked at \(within=None\)"),
     ],
 )
 def test_wrong_settings(wrong, message):

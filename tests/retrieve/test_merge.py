@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longretriever.errors import InputError
+from longretriever.index import CORPUS
 from longretriever.retrieve.merge import (
     Merge,
     Ranked,
@@ -109,6 +111,86 @@ def test_probability_weighs_the_context_and_the_item_within_it() -> None:
     assert probability([many, sure], 3).item.tolist() == [10, 20, 21]
     assert score([many, sure], 3).item.tolist() == [20, 21, 10]
     np.testing.assert_allclose(np.exp(probability([many, sure], 3).score), [0.36, 0.006, 0.006])
+
+
+# -- lists that overlap
+
+
+@st.composite
+def overlapping(draw: st.DrawFn) -> list[Ranked]:
+    """Some lists search all items, and find those of the others."""
+    categories = draw(
+        st.permutations([CORPUS] * draw(st.integers(1, 3)) + [3, 4, 5][: draw(st.integers(0, 3))])
+    )
+    lists = []
+    for c in categories:
+        one = ranked(c, draw(shares), draw(cosines))
+        first = 0 if c == CORPUS else 10 * (c - 3)
+        items = draw(st.permutations(range(first, first + (30 if c == CORPUS else 12))))
+        lists.append(
+            Ranked(c, one.share, np.array(items[: len(one.item)], np.int64), one.cosine, one.log_prob)
+        )
+    return lists
+
+
+TOGETHER = {probability: lambda scores: math.log(sum(map(math.exp, scores)))}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@settings(max_examples=50)
+@given(lists=overlapping(), k=st.integers(0, 50))
+def test_an_item_of_several_lists_counts_once(merge: Merge, lists: list[Ranked], k: int) -> None:
+    """With the sum of its probabilities, or its best score; under the list that says the most for it."""
+    found: dict[int, list[tuple[float, int]]] = {}
+    for at, one in enumerate(lists):
+        for r, item in enumerate(one.item.tolist()):
+            found.setdefault(item, []).append((NEXT_SCORE[merge](one, r), at))
+    scores = {item: TOGETHER.get(merge, max)([s for s, _ in said]) for item, said in found.items()}
+    merged = merge(lists, k)
+    assert len(set(merged.item.tolist())) == len(merged.item) == min(k, len(found))
+    assert (np.diff(merged.score) <= 0).all()
+    np.testing.assert_allclose(merged.score, [scores[item] for item in merged.item.tolist()])
+    np.testing.assert_allclose(merged.score, sorted(scores.values(), reverse=True)[:k])
+    for item, source in zip(merged.item.tolist(), merged.source.tolist(), strict=True):
+        assert source == max(found[item], key=lambda said: (said[0], -said[1]))[1]
+    longer = merge(lists, k + 5)
+    assert longer.item[: len(merged.item)].tolist() == merged.item.tolist()
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@settings(max_examples=50)
+@given(lists=some_lists().filter(bool), k=st.integers(0, 60))
+def test_a_list_of_all_items_that_shares_none_changes_nothing(
+    merge: Merge, lists: list[Ranked], k: int
+) -> None:
+    of_all = [dataclasses.replace(lists[0], category=CORPUS), *lists[1:]]
+    for got, expected in zip(merge(of_all, k), merge(lists, k), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_several_lists_of_all_items_are_several_interests_of_one_user() -> None:
+    a = Ranked(CORPUS, 0.5, np.array([7, 8, 9]), np.array([0.9, 0.5, 0.1]), np.log([0.4, 0.3, 0.1]))
+    b = Ranked(CORPUS, 0.5, np.array([9, 8, 5]), np.array([0.8, 0.6, 0.2]), np.log([0.6, 0.3, 0.02]))
+    merged = probability([a, b], 9)
+    assert merged.item.tolist() == [9, 8, 7, 5]
+    np.testing.assert_allclose(np.exp(merged.score), [0.35, 0.3, 0.2, 0.01])
+    assert merged.source.tolist() == [1, 0, 0, 1], "of equal scores the earlier list"
+    assert score([a, b], 9).item.tolist() == [7, 9, 8, 5]
+    assert score([a, b], 9).source.tolist() == [0, 1, 1, 1]
+    assert round_robin([a, b], 9).item.tolist() == [7, 9, 8, 5]
+    assert round_robin([a, b], 3).source.tolist() == [0, 1, 0]
+    assert quota([a, b], 2).item.tolist() == [7, 9]
+
+
+def test_of_equal_sums_the_one_met_first_comes_first() -> None:
+    """The place of an item is that in the list which says the most for it."""
+    a = Ranked(CORPUS, 1.0, np.array([4, 2, 6]), np.zeros(3), np.log([0.25, 0.25, 0.25]))
+    b = Ranked(3, 1.0, np.array([6, 1, 2]), np.zeros(3), np.log([0.5, 0.25, 0.25]))
+    c = Ranked(4, 1.0, np.array([1]), np.zeros(1), np.log([0.5]))
+    merged = probability([a, b, c], 9)
+    assert merged.item.tolist() == [6, 1, 2, 4]
+    np.testing.assert_allclose(np.exp(merged.score), [0.75, 0.75, 0.5, 0.25])
+    assert merged.source.tolist() == [1, 2, 0, 0]
 
 
 # -- caps and boosts

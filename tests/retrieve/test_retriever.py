@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,30 @@ from longretriever.errors import (
     UnknownCategory,
     UnknownUser,
 )
-from longretriever.index import Index, build
+from longretriever.index import CORPUS, Index, build
+from longretriever.model.checkpoint import save_model
 from longretriever.model.config import TrainConfig
 from longretriever.model.exported import Model, Request
-from longretriever.model.train import train
+from longretriever.model.train import Training, train
 from longretriever.retrieve.interests import Contexts, RandomInTop, Top
-from longretriever.retrieve.merge import Merged, round_robin
+from longretriever.retrieve.merge import Merged, probability, round_robin
 from longretriever.retrieve.retrieval import REASONS, Retrieval
 from longretriever.retrieve.retriever import Retriever, index_model
 from longretriever.retrieve.rules import Rules
 from longretriever.store.behaviors import Behaviors, Store
 from longretriever.store.ingest import ingest
-from tests.worlds import DAY, START, stored, table
+from tests.worlds import DAY, START, once_log, stored, table
 
-TINY = TrainConfig(dim=16, heads=2, context_length=6, recent_length=4, overlap=2, step_samples=200, epochs=2)
+TINY = TrainConfig(
+    dim=16,
+    heads=2,
+    context_length=6,
+    recent_length=4,
+    overlap=2,
+    step_samples=200,
+    epochs=2,
+    interests=None,
+)
 USERS, CATEGORIES, ITEMS = 30, 3, 40  # items of each category
 CUT = START + 60 * DAY
 GENDERS = ("f", "m", "x")
@@ -143,33 +153,53 @@ def in_numbers(model: Model, events: list[Event]) -> Behaviors:
     )
 
 
-def user_vector(model: Model, mine: list[Event], category: Any, user: Any) -> np.ndarray:
-    categories = model.category_ids.values.to_pylist()
-    context = [e for e in mine if e.category == category][-model.context_length :]
+def probabilities(
+    model: Model, mine: list[Event], category: Any, user: Any, now: float, returns: float | None = None
+) -> list[tuple[Any, float, float]]:
+    """Of each item of a category (None: of all): its id, cosine and P(item | user, category).
+
+    `returns` is what the items met there share out instead of what the model says.
+    """
+    ids, categories = model.items["item_id"].to_pylist(), model.category_ids.values.to_pylist()
+    known = [e for e in mine[-model.context_length :] if e.category in categories]
+    met = known if category is None else [e for e in mine if e.category == category][-model.context_length :]
     recent = [e for e in mine[-model.recent_length :] if e.category in categories]
     (field,) = model.profile_fields
     code = field.values.index(gender(user)) + 1 if gender(user) in field.values else 0
-    request = Request(
-        categories.index(category), in_numbers(model, context), in_numbers(model, recent), np.array([code])
-    )
-    return model.user_vectors([request])[0]
+    at = CORPUS if category is None else categories.index(category)
+    request = Request(at, in_numbers(model, met), in_numbers(model, recent), np.array([code]), now)
+    vectors = model.user_vectors([request])
+    first, stop = (0, len(ids)) if category is None else model.category_start[at : at + 2]
+    cosine = model.item_vectors(slice(first, stop)).astype(np.float64) @ vectors.user[0, 0]
+    by_vector = np.exp(model.scale * cosine) / np.exp(model.scale * cosine).sum()
+    share = np.ones(1) if vectors.shares is None else np.exp(vectors.shares[0].astype(np.float64))
+    if returns is not None and met:
+        share = np.append(1 - returns, share[1:] / share[1:].sum() * returns)
+    found = dict(zip(ids[first:stop], share[0] * by_vector, strict=True))
+    for e, part in zip(met, share[1:], strict=False):
+        if e.item in found:
+            found[e.item] += part
+    return [(i, c, found[i]) for i, c in zip(ids[first:stop], cosine, strict=True)]
 
 
-def obvious(model: Model, events: list[Event], user: Any, now: float, contexts: int = 3) -> list[dict]:
+def obvious(
+    model: Model, events: list[Event], user: Any, now: float, contexts: int = 3, returns: float | None = None
+) -> list[dict]:
     """All candidates, the best first: item, score, cosine, log_prob."""
     mine = life(events, user, now)
-    vectors = model.item_vectors(slice(None))
-    items, categories = model.items["item_id"].to_pylist(), model.category_ids.values.to_pylist()
     found = []
     for category, share in list(shares(mine, now).items())[:contexts]:
-        if category not in categories:
+        if category not in model.category_ids.values.to_pylist():
             continue
-        first, stop = model.category_start[categories.index(category) :][:2]
-        cosine = vectors[first:stop].astype(np.float64) @ user_vector(model, mine, category, user)
-        log_prob = model.scale * cosine - np.log(np.exp(model.scale * cosine).sum())
         found += [
-            {"item_id": i, "score": math.log(share) + p, "cosine": c, "log_prob": p, "category_id": category}
-            for i, c, p in zip(items[first:stop], cosine, log_prob, strict=True)
+            {
+                "item_id": i,
+                "score": math.log(share * p),
+                "cosine": c,
+                "log_prob": math.log(p),
+                "category_id": category,
+            }
+            for i, c, p in probabilities(model, mine, category, user, now, returns)
         ]
     return sorted(found, key=lambda candidate: -candidate["score"])
 
@@ -198,6 +228,25 @@ def test_it_says_what_the_obvious_program_says(exact, user, now):
     assert sum(c.candidates for c in answer.contexts) == len(answer)
 
 
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_a_short_list_is_the_head_of_a_long_one(exact, k):
+    """Items met in the context come up however unlike the user vector they are."""
+    for user in range(0, USERS, 5):
+        same(exact.retrieve(user, k), obvious(exact.model, OLD, user, max(e.time for e in OLD) + 1)[:k], 1e-4)
+
+
+@pytest.mark.parametrize("now", [CUT, START + DAY])
+def test_probabilities_of_a_context_sum_to_one(exact, retriever, now):
+    for r, precision in ((exact, 1e-3), (retriever, 0.01)):
+        for user in range(0, USERS, 4):
+            every, few = (
+                np.bincount(answer.source, np.exp([c.log_prob for c in answer.candidates]))
+                for answer in (r.retrieve(user, 1000, now=now), r.retrieve(user, 5, now=now))
+            )
+            np.testing.assert_allclose(every, 1, atol=precision)
+            assert (few <= 1 + precision).all()
+
+
 def test_the_index_says_what_the_scan_says(retriever, exact):
     for user in range(USERS):
         found, wanted = (r.retrieve(user, k=1000).candidates for r in (retriever, exact))
@@ -214,6 +263,178 @@ def test_ranks_and_titles(retriever):
     assert [c.title for c in candidates] == [f"thing {c.item_id}" for c in candidates]
     score = [c.score for c in candidates]
     assert score == sorted(score, reverse=True)
+
+
+# -- items met before
+
+
+@pytest.fixture(scope="module")
+def returning(tmp_path_factory) -> Retriever:
+    """In each category, users go on with their last item nine times of ten."""
+    rng, log = np.random.default_rng(0), []
+    for user in range(120):
+        last: dict[int, int] = {}
+        for visit in range(30):
+            c = int(rng.integers(3))
+            if c not in last or rng.random() > 0.9:
+                last[c] = c * 20 + int(rng.integers(20))
+            log.append((user, last[c], c, START + visit * DAY + user))
+    path = tmp_path_factory.mktemp("returning")
+    config = replace(
+        TINY, layers=1, recent_length=0, warm_start=False, step_samples=100, epochs=5, patience=9
+    )
+    config = replace(config, lr=0.02, row_lr=0.02)  # few steps must do
+    train(stored(table(*zip(*log, strict=True)), path / "store"), path / "model", config)
+    return Retriever.load(path / "model", exact=True, interests=Top(3))
+
+
+def test_who_returns_to_an_item_is_offered_it_first(returning):
+    first, how_likely = [], []
+    for user in range(0, 120, 2):
+        answer = returning.retrieve(user, 1000)
+        candidates = answer.candidates
+        for source, category in enumerate(answer.asked_categories):
+            mine = np.flatnonzero(answer.source == source)
+            last = returning.store.life(user).in_context(int(category)).item[-1]
+            first.append(answer.item[mine[0]] == last)
+            (at,) = mine[answer.item[mine] == last]
+            how_likely.append(math.exp(candidates[at].log_prob))
+    assert len(first) > 170
+    assert np.mean(first) > 0.9  # the others were met often, and the last but one
+    assert 0.8 < np.mean(how_likely) < 0.95  # nine of ten, and now and then by chance
+
+
+def test_without_what_was_seen_nothing_is_returned_to(returning):
+    for user in range(0, 120, 4):
+        seen = set(returning.store.life(user).items().tolist())
+        few, every = (returning.retrieve(user, k, rules=Rules(exclude_seen=True)) for k in (20, 1000))
+        assert not seen & set(every.item.tolist())
+        assert len(every) == 60 - len(seen)
+        assert few.item_ids == every.item_ids[:20]
+
+
+@pytest.mark.parametrize("returns", [0.0, 0.3, 1.0])
+def test_a_request_may_say_how_much_goes_to_items_met_before(exact, returns):
+    for user in range(0, USERS, 7):
+        answer = exact.retrieve(user, 1000, now=CUT, rules=Rules(returns=returns))
+        wanted = {
+            w["item_id"]: w["log_prob"]
+            for w in obvious(exact.model, OLD, user, CUT, returns=min(returns, 1 - 1e-12))
+        }
+        for candidate in answer.candidates:
+            p = math.exp(candidate.log_prob)
+            assert p == pytest.approx(math.exp(wanted[candidate.item_id]), abs=1e-5)
+
+
+# -- all items at once
+
+
+def test_a_search_of_all_items_joins_those_of_the_contexts(folder, exact):
+    """As in a method with both: an item counts once, with the sum of its probabilities."""
+    model = Model.open(folder / "model")
+    model.asks_corpus = True
+    r = Retriever(model, exact.index, exact.store, interests=Top(2), merge=probability)
+    for user in range(0, USERS, 6):
+        answer = r.retrieve(user, 1000, now=CUT)
+        mine = life(OLD, user, CUT)
+        asked = [*list(shares(mine, CUT).items())[:2], (None, 1.0)]
+        assert [(c.category_id, c.share) for c in answer.contexts] == [
+            (category, pytest.approx(share)) for category, share in asked
+        ]
+        total: dict[Any, list[float]] = defaultdict(list)
+        for category, share in asked:
+            said = {i: share * p for i, _, p in probabilities(model, mine, category, user, CUT)}
+            for item in model.items["item_id"].to_pylist():
+                total[item].append(said.get(item, 0.0))
+        assert len(set(answer.item_ids)) == len(answer.item_ids) == len(total)
+        assert answer.score == pytest.approx([math.log(sum(total[i])) for i in answer.item_ids], abs=1e-4)
+        assert answer.source.tolist() == [int(np.argmax(total[i])) for i in answer.item_ids]
+        assert r.store_categories(answer.asked_categories)[-1] == -1
+        for c, source in zip(answer.candidates, answer.source, strict=True):
+            assert c.log_prob == pytest.approx(
+                math.log(total[c.item_id][source] / asked[source][1]), abs=1e-4
+            )
+        unseen = r.retrieve(user, 20, now=CUT, rules=Rules(exclude_seen=True)).item_ids
+        met = {e.item for e in mine}
+        assert sorted(unseen) == sorted([i for i in answer.item_ids if i not in met][:20])
+
+
+# -- training and serving
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"encoder": "cls", "within": 12},
+        {"recent_length": 0},
+        {"life_sample": 5},
+        {"returns": False, "ages": False},
+    ],
+    ids=str,
+)
+def test_a_request_is_answered_as_its_sample_was_trained(tmp_path, options):
+    """The same weights, asked just before an event: in a batch by torch, and as a request by ONNX."""
+    import torch
+
+    users = pa.table({"user_id": range(5), "gender": [gender(u) for u in range(5)]})
+    store = stored(once_log(3, times=None), tmp_path / "store", users=users)
+    run = Training(store, replace(TINY, validation=0, warm_start=False, **options))
+    run.begin()
+    for parameter in run.learner.parameters():  # far from the start, where all vectors are alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_model(run, tmp_path / "model")
+    retriever = Retriever.load(tmp_path / "model", exact=True)
+    row_of = np.argsort(store.event_item)
+    owner = np.repeat(np.arange(store.n_users), np.diff(store.group_start[store.user_group]))
+    exact = options.get("encoder") == "cls"  # a packed row may know less of a context than a request does
+    compared = 0
+    for plan in run.batches.epoch(0, 0):
+        (step,) = run.batches.assemble(plan, np.random.default_rng(0))
+        with torch.no_grad():
+            trained = run.learner(run.rows.weight[torch.from_numpy(step.numbers)], step)
+        for s, target in enumerate(store.event_item[row_of[step.numbers[step.target]]]):
+            row, category = row_of[target], int(step.category[s])
+            life_ = store.life(int(owner[row]), float(store.event_time[row])).lately(options.get("within"))
+            met = life_.in_context(category, TINY.context_length).item
+            if not exact and len(met) != step.past_count[s]:
+                continue
+            ((request, _), _) = retriever._requests(life_, [(category, 1.0)])[0]
+            served, compared = retriever.model.user_vectors([request]), compared + 1
+            np.testing.assert_allclose(served.user[0, 0], trained.user[s], atol=1e-5)
+            if trained.shares is not None:
+                n = len(met)
+                newest_first = np.append(served.shares[0, 0], served.shares[0, 1 : 1 + n][::-1])
+                np.testing.assert_allclose(newest_first, trained.shares[s, : 1 + n], atol=1e-4)
+    assert compared > (200 if exact else 100)
+
+
+# -- the last behaviors only
+
+
+def test_a_model_that_looks_at_the_last_behaviors_sees_no_others(folder, tmp_path):
+    """Equal answers, whether the behaviors before them are in the store or not."""
+    config = replace(TINY, within=5, epochs=1)
+    train(Store.open(folder / "store"), tmp_path / "model", config)
+    now = max(e.time for e in OLD) + 1
+    last, dropped = [], 0
+    for user in range(USERS):
+        mine = life(OLD, user, now)
+        since = mine[-5].time
+        last += [e for e in mine if e.time >= since]
+        dropped += sum(e.time < since for e in mine)
+    assert dropped > 1000
+    short = logged(last, tmp_path / "short")
+    a, b = (
+        Retriever.load(tmp_path / "model", store=path, exact=True, interests=Top(3))
+        for path in (folder / "store", short.path)
+    )
+    for user in range(USERS):
+        one, other = a.retrieve(user, 20, now=now), b.retrieve(user, 20, now=now)
+        assert 5 <= sum(c.behaviors for c in one.contexts) < 12
+        assert rounded(one) == rounded(other)
+    unseen = a.retrieve(3, 1000, now=now, rules=Rules(exclude_seen=True))
+    assert not {e.item for e in life(OLD, 3, now)} & set(unseen.item_ids), "those met before are seen, too"
 
 
 # -- reasons
@@ -567,6 +788,26 @@ def test_new_items_are_among_the_reasons(newer):
 def test_excluding_what_only_the_store_knows(newer):
     answer = newer.retrieve(2, 1000, rules=Rules(exclude_seen=True, exclude_items=[5]))
     assert not {e.item for e in life(NEWER, 2, answer.now)} & set(answer.item_ids)
+
+
+def test_an_item_that_has_changed_its_category_comes_once(folder):
+    """The model has it under the old one; in the new one it is a behavior, but nothing to return to."""
+    moved = {1002, 1003, 1006, 1012}
+    events = [replace(e, category=(e.category + 10) % 30) if e.item in moved else e for e in OLD]
+    store = logged(events, folder / "moved")
+    r = Retriever.load(folder / "model", store=store.path, exact=True, interests=Top(3))
+    lost = 0.0
+    for user in range(USERS):
+        answer = r.retrieve(user, 1000)
+        assert len(set(answer.item_ids)) == len(answer.item_ids)
+        same(answer, obvious(r.model, events, user, answer.now), 1e-4)
+        for source, category in enumerate(answer.asked_categories):
+            mine = answer.source == source
+            assert set(r.model.category_of(answer.item[mine])) == {category}
+            lost = max(
+                lost, 1 - sum(math.exp(c.log_prob) for c, m in zip(answer.candidates, mine, strict=True) if m)
+            )
+    assert lost > 0.01, "what is due to them goes to nobody"
 
 
 def test_a_category_that_the_store_does_not_have_can_be_included(folder):

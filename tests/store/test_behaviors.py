@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from longretriever.errors import Damaged, UnknownCategory, UnknownItem, UnknownUser
 from longretriever.events import SECONDS_PER_DAY
-from longretriever.store.behaviors import Store, Vocabulary
+from longretriever.store.behaviors import Behaviors, Store, Vocabulary, spread
 from longretriever.store.ingest import ingest
 
 Event = tuple[Any, Any, Any, int, str | None]  # user, item, category, time, behavior
@@ -56,10 +56,10 @@ class Scan:
         found = [e for e in self.events if e[0] == user and e[2] < before]
         return sorted(found, key=lambda e: e[2])[-limit:]  # sorted is stable: ties stay in order of rows
 
-    def engagement(self, user: int, now: int, floor: int) -> dict[int, float]:
+    def engagement(self, user: int, now: int, floor: int, since: float = -np.inf) -> dict[int, float]:
         scores: dict[int, float] = {}
         for u, category, time, _, _ in self.events:
-            if u == user and time < now:
+            if u == user and since <= time < now:
                 scores[category] = scores.get(category, 0) + SECONDS_PER_DAY / max(now - time, floor)
         return scores
 
@@ -145,7 +145,91 @@ def agrees_on_a_request(store: Store, scan: Scan, user: int, now: int, limit: in
     categories, scores = store.engagement(user, now, floor)
     expected_scores = scan.engagement(user, now, floor)
     assert dict(zip(categories.tolist(), scores, strict=True)) == pytest.approx(expected_scores)
-    assert life.items().tolist() == sorted({e[3] for e in scan.events if e[0] == user and e[2] < now})
+    items = sorted({e[3] for e in scan.events if e[0] == user and e[2] < now})
+    assert life.items().tolist() == items
+    agrees_on_the_last(store, scan, user, now, limit, floor)
+    assert life.lately(limit).items().tolist() == items, "of the whole life"
+
+
+def agrees_on_the_last(store: Store, scan: Scan, user: int, now: int, n: int, floor: int) -> None:
+    """A life of its last n behaviors, and of those at the time of the first of them."""
+    lately = store.life(user, now).lately(n)
+    last = scan.recent(user, now, n)
+    since = last[0][2] if last else now
+    expected = [e for e in scan.recent(user, now, len(scan.events)) if e[2] >= since]
+    assert lately.recent(1000).item.tolist() == [e[3] for e in expected]
+    assert lately.recent(2).item.tolist() == [e[3] for e in expected][-2:]
+    for category in range(store.n_categories):
+        for limit in (1000, 2):
+            in_context = lately.in_context(category, limit)
+            of_category = [e for e in expected if e[1] == category][-limit:]
+            assert in_context.time.tolist() == [e[2] for e in of_category]
+            assert in_context.item.tolist() == [e[3] for e in of_category]
+    categories, scores = lately.engagement(floor)
+    wanted = scan.engagement(user, now, floor, since)
+    assert dict(zip(categories.tolist(), scores, strict=True)) == pytest.approx(wanted)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One user: a, b, c, d of category x and p, q, r of y, by turns; two at second 40."""
+    path = tmp_path_factory.mktemp("long") / "store"
+    log = [
+        (1, i, c, t, None) for i, c, t in zip("apbqcrd", "xyxyxyx", (10, 20, 30, 40, 40, 60, 70), strict=True)
+    ]
+    ingest(table_of([*log, (2, "a", "x", 90, None)]), path, threads=1)
+    return Store.open(path)
+
+
+def ids(store: Store, behaviors: Behaviors) -> str:
+    return "".join(store.item_ids.take(behaviors.item))
+
+
+def test_the_last_behaviors_of_a_life(long: Store) -> None:
+    life = long.life(0)
+    x, y = long.category_number("x"), long.category_number("y")
+    assert life.lately(None) is life
+    for n, of_x, of_y in ((1, "d", ""), (2, "d", "r"), (3, "cd", "qr"), (4, "cd", "qr"), (5, "bcd", "qr")):
+        lately = life.lately(n)
+        assert (ids(long, lately.in_context(x)), ids(long, lately.in_context(y))) == (of_x, of_y)
+        assert sorted(ids(long, lately.recent())) == sorted(of_x + of_y)
+        assert len(lately.items()) == 7, "what was met long ago was met, too"
+        assert set(lately.engagement()[0]) == {c for c, met in ((x, of_x), (y, of_y)) if met}
+    assert ids(long, life.lately(100).recent()) == ids(long, life.recent())
+
+
+def test_behaviors_spread_over_a_life() -> None:
+    """After the newest, older ones in the middle of as many equal parts of the rest; all of a short life."""
+    place, count = spread(np.array([0, 1, 3, 5, 7, 100]), 3, 4)
+    looked_at = [row[:n].tolist() for row, n in zip(place, count, strict=True)]
+    assert looked_at[:3] == [[], [0], [2, 1, 0]]
+    assert looked_at[3:5] == [[4, 3, 2, 1, 0], [6, 5, 4, 3, 2, 1, 0]]
+    assert looked_at[5] == [99, 98, 97, 84, 60, 36, 12]
+    assert place.shape == (6, 7)
+    for newest, older in ((3, 0), (0, 4)):
+        place, count = spread(np.array([0, 2, 50]), newest, older)
+        assert count.tolist() == [0, 2, newest + older]
+        assert place[2].tolist() == ([49, 48, 47] if newest else [43, 31, 18, 6])
+        assert place[1, :2].tolist() == [1, 0]
+
+
+def test_the_newest_and_some_of_the_rest(long: Store) -> None:
+    life = long.life(0)
+    whole = ids(long, life.recent())
+    assert ids(long, life.sampled(2, 0)) == whole[-2:]
+    assert ids(long, life.sampled(2, 1)) == whole[2] + whole[-2:]
+    assert ids(long, life.sampled(3, 9)) == whole
+    assert ids(long, life.lately(3).sampled(1, 1)) == whole[4] + whole[-1], "of the four since second 40"
+    assert ids(long, long.life(0, 5).sampled(3, 3)) == ""
+
+
+def test_the_last_of_the_last(long: Store) -> None:
+    life = long.life(0, 65)
+    assert ids(long, life.lately(1).lately(5).recent()) == "r"
+    assert ids(long, life.lately(5).lately(1).recent()) == "r"
+    assert ids(long, life.lately(3).in_context(long.category_number("x"))) == "c"
+    nobody = long.life(0, 5).lately(3)
+    assert len(nobody.recent().item) == len(nobody.items()) == len(nobody.engagement()[0]) == 0
 
 
 def test_arrays_keep_their_promises(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""How do the figures of an experiment look? As small SVGs whose colors are the page's, light or dark.
+
+matplotlib draws with stand-in colors, which are then replaced by CSS variables. Every panel is narrow enough
+for a phone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = "os^DvPX*"
+GLYPHS = "●■▲◆▼✚✖★"
+"""What stands for the markers in a legend."""
+
+_INK, _LINE, _MORE, _LESS = "#010101", "#020202", "#030303", "#040404"
+_SERIES = [f"#0505{n:02x}" for n in range(len(MARKERS))]
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _LINE: "var(--line)",
+    _MORE: "var(--more)",
+    _LESS: "var(--less)",
+    **{color: f"var(--c{n})" for n, color in enumerate(_SERIES)},
+}
+_WIDTH = 4.9  # inches, of 72 units
+
+
+def differences(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """One line for each comparison: the difference and its interval, against zero."""
+    others = {row["against"] for row in rows}
+    second = "\nagainst {}" if len(others) > 1 else ""  # the same for all, the text beside says it
+    names = [_short(row["arm"]) + second.format(_short(row["against"])) for row in rows]
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=_INK, linewidth=1)
+        axes.locator_params(axis="x", nbins=5)
+        for y, row in enumerate(rows):
+            color = {"more": _MORE, "less": _LESS}.get(row["found"], _INK)
+            axes.plot(row["interval"], [y, y], color=color, linewidth=2)
+            filled = color if row["found"] != "undecided" else "none"
+            axes.plot(row["difference"], y, "o", color=color, markerfacecolor=filled, markersize=7)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="x")
+
+    return _svg(draw, title, 0.8 + (0.45 if second else 0.3) * len(rows))
+
+
+def by_history(lines: Sequence[Mapping[str, float | None]], spans: Sequence[str], title: str) -> str:
+    """One line for each arm: a figure by length of history, which `spans` has in order."""
+
+    def draw(axes: Axes) -> None:
+        for n, line in enumerate(lines):
+            found = [(x, v) for x, span in enumerate(spans) if (v := line.get(span)) is not None]
+            at, values = [x for x, _ in found], [v for _, v in found]
+            axes.plot(at, values, MARKERS[n % 8], color=_SERIES[n % 8], linestyle=_dash(n), markersize=6)
+        axes.set_xticks(range(len(spans)), spans)
+        axes.set_xlim(-0.3, len(spans) - 0.7)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.set_xlabel("events of history")
+
+    return _svg(draw, title, 3.0)
+
+
+def curves(by_seed: Sequence[Sequence[Sequence[float]]], title: str) -> str:
+    """The held-out gain during each training of one configuration: rows of [seconds, samples, nats]."""
+
+    def draw(axes: Axes) -> None:
+        for n, curve in enumerate(by_seed):
+            seconds, nats = [row[0] for row in curve], [row[2] for row in curve]
+            minutes = [s / 60 for s in seconds]
+            axes.plot(minutes, nats, MARKERS[n % 8], color=_SERIES[0], linestyle=_dash(n), markersize=4)
+        axes.set_xlim(left=0)
+        axes.grid(axis="y")
+        axes.set_xlabel("minutes of training")
+        axes.set_ylabel("nats below chance")
+
+    return _svg(draw, title, 2.6)
+
+
+def _dash(n: int) -> Any:
+    """Solid for the first eight, so that nine arms are still nine different lines."""
+    return ["-", "--", ":", "-."][(n // 8) % 4]
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _svg(draw: Callable[[Axes], None], title: str, height: float) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.size": 11,
+        "text.color": _INK,
+        "text.parse_math": False,
+        "axes.edgecolor": _LINE,
+        "axes.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "grid.color": _LINE,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": title,  # the same ids each time
+    }
+    with rc_context(style):  # type: ignore[arg-type]
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _for_the_page(buffer.getvalue(), title)
+
+
+def _for_the_page(svg: str, title: str) -> str:
+    """Without what a page has or decides itself: declarations, names of groups, styles, size, colors."""
+    size = re.findall(r'viewBox="[^"]*"', svg)[0]
+    start = f'<svg {size} role="img" aria-label="{escape(title, quote=True)}">'
+    svg = re.sub(r"^.*?<svg[^>]*>", lambda _: start, svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\n?|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace("xlink:href", "href")
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids must differ between the panels of a page
+    svg = re.sub(r'(id="|#)([mp][0-9a-f]{10})\b', rf"\g<1>{own}-\2", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
+    return svg
