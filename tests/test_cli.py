@@ -248,6 +248,36 @@ def test_evaluate_as_tables(command):
     assert "popular" in said.out
 
 
+def test_the_leak_of_mixed_batches(command):
+    words = ("experiment", "leak", "--events", "market/events.parquet", "--samples", 300)
+    found = command(*words, "--json").json["models"]
+    assert list(found) == ["mixed batches", "one category a batch"]
+    assert 0 < found["mixed batches"]["in_category@50"] <= 1
+
+
+def test_an_experiment_writes_its_report_and_goes_on(command, workspace):
+    words = ("experiment", "ablations", "--events", "market/events.parquet", "--out", "report")
+    words = (*words, "--only", "recent", "--only", "popular", "--seeds", 1, "--samples", 300)
+    said = command(*words)
+    assert said.code == 0, said.err
+    assert "LongRetriever" in said.out
+    assert "report/report.html" in said.out
+    result = json.loads((workspace / "report" / "results.json").read_text())
+    assert list(result["arms"]) == ["LongRetriever", "recent", "popular"]
+    assert result["made"]["command"].startswith("longretriever experiment ablations --events market")
+    again = command(*words, "--json").json
+    assert again["arms"]["recent"]["live"] == result["arms"]["recent"]["live"]
+
+
+def test_other_methods_are_trained_and_asked_by_the_same_commands(command):
+    trained = command("train", "store", "--out", "mind", "--method", "mind", "--samples", 300, "--json").json
+    assert trained["training"]["samples"] >= 300
+    command("index", "mind")
+    answer = command("retrieve", "mind", "--user", 7, "--k", 5, "--json").json
+    assert len(answer["candidates"]) == 5
+    assert {context["category_id"] for context in answer["contexts"]} == {None}
+
+
 def test_verify(command, workspace):
     found = command("verify", "model", "--json").json
     assert found["kind"] == "model"
