@@ -19,7 +19,7 @@ from longretriever.evaluate.report import table
 from longretriever.evaluate.run import evaluate_log
 from longretriever.market import Market, MarketConfig
 from longretriever.model.config import TrainConfig
-from longretriever.retrieve.interests import Top
+from longretriever.retrieve.interests import Pgin
 from longretriever.retrieve.retrieval import Retrieval
 from longretriever.retrieve.retriever import Retriever
 from longretriever.retrieve.rules import Rules
@@ -57,7 +57,7 @@ def run(path: Path, events: int, minutes: float, seed: int, console: Console) ->
         "popular-in-context: popularity inside the user's own categories.[/]\n"
     )
     console.print(Panel("[bold]3  One user[/]  what to show next, and why"))
-    retriever = Retriever.load(path / "model", store=path / "full", interests=Top(5))
+    retriever = Retriever.load(path / "model", store=path / "full", interests=Pgin(5))
     user_id = _someone(retriever.store)
     answer = retriever.retrieve(user_id, k=500, rules=Rules(exclude_seen=True))
     show_retrieval(answer, 12)

@@ -115,13 +115,14 @@ class Model:
         n, d, R = len(requests), self.dim, self.recent_length + self.life_sample
         length = np.array([len(r.behaviors.item) for r in requests], np.int64)
         N = max(1, int(length.max(initial=1)))
+        category = np.array([r.category for r in requests], np.int64)
         feed: dict[str, np.ndarray] = {
             "behavior": np.zeros((n, N, d), np.float32),
             "kind": np.zeros((n, N), np.int64),
             "age": np.zeros((n, N), np.int64),
             "length": length,
             "profile": np.array([r.profile for r in requests], np.int64).reshape(n, -1),
-            "context": self.category_token[[r.category for r in requests]],
+            "context": self.category_token[category] * (category >= 0)[:, None],
             "since": np.zeros((n, 2), np.int64),
             "recent": np.zeros((n, R, d), np.float32),
             "recent_count": np.array([len(r.recent.item[-R:]) if R else 0 for r in requests], np.int64),

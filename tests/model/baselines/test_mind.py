@@ -210,7 +210,7 @@ def tastes_log(users=40, mixed=4, items=12, visits=24, seed=0):
     """Two groups of items; most users like one of them only, the first `mixed` users like both by turns."""
     rng = np.random.default_rng(seed)
     user = np.repeat(np.arange(users), visits)
-    group = np.where(user < mixed, rng.integers(0, 2, len(user)), user % 2)
+    group = np.where(user < mixed, np.tile(np.arange(visits), users) % 2, user % 2)
     item = group * items + rng.integers(0, items, len(user))
     return table(user, item, np.zeros(len(user), int), START + np.tile(np.arange(visits), users) * DAY + user)
 
