@@ -1,4 +1,4 @@
-"""Have a user's several vectors become one? Their cosines say so, asked of a trained model as serving asks it.
+"""Have a user's several vectors become one? Their cosines say, of a trained model asked as in serving.
 
 Interests that all point the same way are searched for K times and find one list: a known way for methods of
 several interests to fail in silence. Nothing here needs PyTorch.

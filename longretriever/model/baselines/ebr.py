@@ -5,10 +5,10 @@ user vector, and that searches all items. Batches mix categories, and items of a
 the batch itself and evenly drawn ones, corrected by the log probability of competing, or the whole corpus
 where it is small. No category of the target enters.
 
-As with LongRetriever there are two encoders: `packed` is causal along the user's life, so that one pass over
-200 behaviors yields 151 samples, each of which sees at least the 50 behaviors before it; `cls` reads one
-sample a row, in both directions. `EbrConfig()` is this method as good as we can make it; `EbrConfig.paper()` is
-what LongRetriever's section 3.1 describes.
+As with LongRetriever there are two encoders: `packed` is causal along the user's life, so that one pass
+over 200 behaviors yields 151 samples, each of which sees at least the 50 behaviors before it; `cls` reads
+one sample a row, in both directions. `EbrConfig()` is this method as good as we can make it;
+`EbrConfig.paper()` is what LongRetriever's section 3.1 describes.
 
 U items of a step, S samples, B rows, N behaviors of a row, P profile fields, d width.
 """

@@ -11,19 +11,21 @@ Decisions where the paper leaves room, or where implementations go wrong:
 - `e_i` is the item vector, of length 1, and S starts as a multiple of the identity (`sharpness`), so that
   agreement is large. With small vectors routing changes nothing, each interest is the same mean, and K
   searches find one list K times; `collapse.py` measures that.
-- The first `b_ij` are normal at random, but alike for behaviors that are alike: `b_ij = q_j . S e_i` for a random
-  capsule `q_j`, drawn anew for each sample in training and a constant of the model in serving. Drawn for each
-  `b_ij` by itself they part a user's behaviors by lot, so that all interests begin near one mean, and three
-  rounds do not get them apart: on a log of 0.7M events, factors of `warm.py` as items, the mean cosine of two of
-  five interests is .27 with random capsules and .78 with random `b_ij`, and the next item is likelier by .4 nats.
-- No gradient flows through the `b_ij`: the rounds before the last run without, and in the last one the weights
-  are constants. Gradient reaches S and the items through the weighted sum alone.
-- The output layer adds to the capsule, so a vector can point anywhere and not only where ReLU leaves it, and
-  vectors are normalised after it: the length that squash takes away does not matter.
-- Label-aware attention weighs the interests by `softmax_j(p * s * cos(v_j, target))`, s the inverse temperature:
-  a power of a negative cosine is nothing, a factor of the logit has the same limits (p = 0 all alike, p = inf the
-  nearest alone).
-- Held-out loss must not let the target choose: it is `log mean_j P(target | v_j)`, as the lists are merged.
+- The first `b_ij` are normal at random, but alike for behaviors that are alike: `b_ij = q_j . S e_i` for
+  a random capsule `q_j`, drawn anew for each sample in training and a constant of the model in serving.
+  Drawn for each `b_ij` by itself they part a user's behaviors by lot, so that all interests begin near
+  one mean, and three rounds do not get them apart: on a log of 0.7M events, factors of `warm.py` as
+  items, the mean cosine of two of five interests is .27 with random capsules and .78 with random `b_ij`,
+  and the next item is likelier by .4 nats.
+- No gradient flows through the `b_ij`: the rounds before the last run without, and in the last one the
+  weights are constants. Gradient reaches S and the items through the weighted sum alone.
+- The output layer adds to the capsule, so a vector can point anywhere and not only where ReLU leaves it,
+  and vectors are normalised after it: the length that squash takes away does not matter.
+- Label-aware attention weighs the interests by `softmax_j(p * s * cos(v_j, target))`, s the inverse
+  temperature: a power of a negative cosine is nothing, a factor of the logit has the same limits (p = 0
+  all alike, p = inf the nearest alone).
+- Held-out loss must not let the target choose: it is `log mean_j P(target | v_j)`, as the lists are
+  merged.
 
 U items of a step, S samples, R recent behaviors, K interests, P profile fields, d width.
 """
@@ -47,6 +49,7 @@ from longretriever.model.loss import log_likelihood
 from longretriever.store.behaviors import Store
 
 _NEVER = -1e4  # a logit for what must not be chosen; finite, so that its gradient is 0 and not NaN
+_SPREAD = 0.5  # standard deviation of the random first capsules; later ones are about 1 long
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class MindConfig(VectorLearning):
 
 
 def interest_count(behaviors_S: Tensor, most: int) -> Tensor:
-    """[S] `max(1, min(most, log2 n))`, rounded down, of users with n behaviors; in whole numbers, so exact."""
+    """[S] `max(1, min(most, log2 n))`, rounded down, of users with n behaviors; exact, in whole numbers."""
     powers = 2 ** torch.arange(1, most + 1, device=behaviors_S.device)
     return (behaviors_S[:, None] >= powers).sum(1).clamp(min=1)
 
@@ -110,7 +113,7 @@ def route(
 class InterestTower(nn.Module):
     """Recent behaviors and profile in; K unit vectors, of which some count, out."""
 
-    first_Kd: Tensor
+    first_Kd: Tensor  # noqa: N815
 
     def __init__(
         self,
@@ -130,7 +133,7 @@ class InterestTower(nn.Module):
         self.widen = nn.Linear((1 + len(profile_sizes)) * dim, 4 * dim)
         self.narrow = nn.Linear(4 * dim, dim)
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("first_Kd", torch.randn(interests, dim, generator=generator))
+        self.register_buffer("first_Kd", _SPREAD * torch.randn(interests, dim, generator=generator))
 
     def low(self, behavior: Tensor) -> Tensor:
         """[..., d] behavior capsules `S e_i` of behaviors, which come as item tokens."""
@@ -143,12 +146,13 @@ class InterestTower(nn.Module):
         profile_SP: Tensor,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[S, K, d] vectors and [S] how many of them count. `generator` draws the first capsules of routing and
-        what is dropped out; without one they are the model's constant, and nothing."""
+        """[S, K, d] vectors and [S] how many of them count. `generator` draws the first capsules of routing
+        and what is dropped out; without one they are the model's constant, and nothing.
+        """
         S, K = low_SRd.shape[0], self.first_Kd.shape[0]
         first_SKd = self.first_Kd.expand(S, -1, -1)
         if generator is not None:
-            first_SKd = torch.randn(first_SKd.shape, generator=generator)
+            first_SKd = _SPREAD * torch.randn(first_SKd.shape, generator=generator)
         interests_S = interest_count(count_S, K)
         capsule_SKd = route(low_SRd, first_SKd, count_S, interests_S, self.rounds)
         fields = [table(profile_SP[:, i])[:, None].expand(-1, K, -1) for i, table in enumerate(self.profile)]
