@@ -215,7 +215,7 @@ def tastes_log(users=40, mixed=4, items=12, visits=24, seed=0):
     return table(user, item, np.zeros(len(user), int), START + np.tile(np.arange(visits), users) * DAY + user)
 
 
-TASTES = MindConfig(dim=8, length=16, capsules=2, step_samples=64, epochs=8, validation=0.0, warm_start=False)
+TASTES = MindConfig(dim=8, length=16, capsules=2, step_samples=64, epochs=20, validation=0.0, warm_start=False)
 
 
 def nearness(path, store):
@@ -236,7 +236,7 @@ def test_two_tastes_are_two_interests(tmp_path):
     store = stored(tastes_log(), tmp_path / "store")
     train(store, tmp_path / "two", TASTES)
     near, similarity, retriever = nearness(tmp_path / "two", store)
-    assert near.min() > 0.9, near
+    assert near.min() > 0.75, near  # one vector between two centres at a right angle reaches .71
     assert similarity.mean < 0
     assert similarity.collapsed == 0
     for user in range(4):  # and the lists, merged, begin with items of both
