@@ -215,7 +215,9 @@ def tastes_log(users=40, mixed=4, items=12, visits=24, seed=0):
     return table(user, item, np.zeros(len(user), int), START + np.tile(np.arange(visits), users) * DAY + user)
 
 
-TASTES = MindConfig(dim=8, length=16, capsules=2, step_samples=64, epochs=20, validation=0.0, warm_start=False)
+TASTES = MindConfig(
+    dim=8, length=16, capsules=2, step_samples=64, epochs=20, validation=0.0, warm_start=False
+)
 
 
 def nearness(path, store):
