@@ -263,38 +263,38 @@ class Ulim(Learner):
         )  # one sample a row, in the buckets' order
         profile_SP = torch.cat([torch.from_numpy(b.profile) for b in step.buckets])[row_S]
         state_Sd = self.user.described(self._pooled(normed_Ud, step), profile_SP)
-        of_bucket = torch.argsort(row_S).split([len(b.length) for b in step.buckets])
-        attended = []
-        for bucket, sample_B in zip(step.buckets, of_bucket, strict=True):
-            length_B = torch.from_numpy(bucket.length)
-            back_BN = newest_first(length_B, max(1, bucket.item.shape[1]))
-            item_BN = _column(bucket.item).gather(1, back_BN)
-            attended.append(
-                self.user.attended(
-                    state_Sd[sample_B],
-                    F.embedding(item_BN, normed_Ud),
-                    _column(bucket.kind).gather(1, back_BN),
-                    length_B,
-                )
+        back = [newest_first(torch.from_numpy(b.length), max(1, b.item.shape[1])) for b in step.buckets]
+        item = [_column(b.item).gather(1, back_BN) for b, back_BN in zip(step.buckets, back, strict=True)]
+        # looked up all at once: the gradient of each look-up is as large as all items of the step
+        tokens = F.embedding(torch.cat([x.flatten() for x in item]), normed_Ud).split(
+            [x.numel() for x in item]
+        )
+        of_bucket = torch.argsort(row_S).split([len(x) for x in item])
+        attended = [
+            self.user.attended(
+                state_Sd[sample_B],
+                token_Td.view(*back_BN.shape, -1),
+                _column(bucket.kind).gather(1, back_BN),
+                torch.from_numpy(bucket.length),
             )
+            for bucket, sample_B, back_BN, token_Td in zip(step.buckets, of_bucket, back, tokens, strict=True)
+        ]
         long_Sd = self.user.context_vector(state_Sd, torch.cat(attended)[row_S], generator)
         return long_Sd, self.user.whole_vector(state_Sd, generator), F.normalize(token_Ud, dim=-1)
 
     def _pooled(self, normed_Ud: Tensor, step: Step) -> Tensor:
         """[S, d] the short-term encoder, over samples of about as many recent behaviors at a time."""
-        query_key_Ue = self.user.short.query_key(normed_Ud)
         order = np.argsort(step.recent_count, kind="stable")
+        recent_SR = torch.from_numpy(step.recent[order]).long()
+        token_SRd = F.embedding(recent_SR, normed_Ud)
+        query_key_SRe = F.embedding(recent_SR, self.user.short.query_key(normed_Ud))
+        chunks = (
+            x.split(_CHUNK) for x in (token_SRd, query_key_SRe, torch.from_numpy(step.recent_count[order]))
+        )
         pooled = []
-        for chunk in np.split(order, range(_CHUNK, len(order), _CHUNK)):
-            count = step.recent_count[chunk]
-            recent = torch.from_numpy(step.recent[chunk, : max(1, int(count.max()))]).long()
-            pooled.append(
-                self.user.short(
-                    F.embedding(recent, normed_Ud),
-                    F.embedding(recent, query_key_Ue),
-                    torch.from_numpy(count),
-                )
-            )
+        for token_BRd, query_key_BRe, count_B in zip(*chunks, strict=True):
+            width = max(1, int(count_B.max()))
+            pooled.append(self.user.short(token_BRd[:, :width], query_key_BRe[:, :width], count_B))
         return torch.cat(pooled)[torch.from_numpy(np.argsort(order))]
 
     def loss(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
@@ -325,8 +325,9 @@ class Ulim(Learner):
             drawn = torch.randperm(len(place_n), generator=generator or torch.Generator().manual_seed(0))
             drawn = drawn[: self.config.corpus_negatives]
             place_n, log_q_n = place_n[drawn], log_q_n[drawn]
-        rival_Sn = (user_Sd @ F.embedding(place_n, item_Ud).T) * self.corpus_scale
-        own_S = (user_Sd * F.embedding(target_S, item_Ud)).sum(-1) * self.corpus_scale
+        user_Sd = user_Sd * self.corpus_scale
+        rival_Sn = user_Sd @ F.embedding(place_n, item_Ud).T
+        own_S = (user_Sd * F.embedding(target_S, item_Ud)).sum(-1)
         return _above_even(own_S, rival_Sn, log_q_S, log_q_n, place_n == target_S[:, None])
 
     def _competing(self, step: Step) -> tuple[Tensor, Tensor]:
