@@ -16,10 +16,9 @@ from longretriever.saved import package_version
 if TYPE_CHECKING:
     from longretriever.evaluate.run import evaluate_log
     from longretriever.market import Market, MarketConfig
-    from longretriever.model.baselines.ebr import EbrConfig
     from longretriever.model.baselines.mind import MindConfig
     from longretriever.model.baselines.ulim import UlimConfig
-    from longretriever.model.config import PginConfig, TrainConfig
+    from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
     from longretriever.model.train import train
     from longretriever.retrieve.interests import Contexts, Pgin, RandomInTop, Top
     from longretriever.retrieve.merge import probability, quota, round_robin, score
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Candidate": "retrieve.retrieval",
     "Contexts": "retrieve.interests",
-    "EbrConfig": "model.baselines.ebr",
+    "EbrConfig": "model.config",
     "Life": "store.behaviors",
     "Market": "market",
     "MarketConfig": "market",

@@ -17,7 +17,18 @@ import pyarrow as pa
 import typer
 from rich.markup import escape
 
-from longretriever.console import bar, day, err, out, print_json, show, show_retrieval, spinner, training_bar
+from longretriever.console import (
+    LEARNING,
+    bar,
+    day,
+    err,
+    out,
+    print_json,
+    show,
+    show_retrieval,
+    spinner,
+    training_bar,
+)
 from longretriever.errors import InputError, LongRetrieverError
 from longretriever.events import ITEM
 
@@ -208,9 +219,9 @@ def train(
         else "no held-out events",
         "ended because": at.finished,
     }
-    if at.interests:
-        gain, seconds = max(at.interests["validation"], default=None), at.interests["seconds"]
-        summary["next category"] = f"{seconds:.0f} s" + (f", {gain:.3f} nats below chance" if gain else "")
+    for name, of in at.beside.items():
+        gain, seconds = max(of["validation"], default=None), of["seconds"]
+        summary[LEARNING[name]] = f"{seconds:.0f} s" + (f", {gain:.3f} nats below chance" if gain else "")
     show(facts, as_json, summary)
 
 

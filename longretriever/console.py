@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from longretriever.model.train import Tick
     from longretriever.retrieve.retrieval import Reason, Retrieval
 
+LEARNING = {"interests": "next category", "whole": "all items"}
+"""What a model learns beside its vectors of contexts, in words for people."""
+
 out = Console()
 err = Console(stderr=True)
 
@@ -136,7 +139,7 @@ def training_bar() -> Iterator[Callable[[Tick], None]]:
         def show(tick: Tick) -> None:
             nonlocal task, recent
             at = tick.position
-            what = "" if tick.learning == "vectors" else "next category, "
+            what = f"{LEARNING[tick.learning]}, " if tick.learning in LEARNING else ""
             if tick.loss != tick.loss:  # an epoch has ended
                 gain = f", held out {tick.validation:.3f}" if tick.validation is not None else ""
                 progress.console.print(

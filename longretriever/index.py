@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import faiss
@@ -103,11 +103,11 @@ class Index:
         return cls(opening(path, "index", verify))
 
     def search(
-        self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int
+        self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int, without: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k items nearest to each user vector within its own context, nearest first.
 
-        The context `CORPUS` asks for items of all categories, and costs a scan of all.
+        The context `CORPUS` asks for items of all categories but those in `without`, and costs a scan of all.
 
         Returns item numbers [N, k] (int64) and cosines [N, k] (float32), for user vectors of length 1. A
         category of fewer than k items is padded with item -1 and cosine -inf. Items of equal cosine come in
@@ -125,7 +125,9 @@ class Index:
         cosine_Nk = np.empty((len(user_ND), k), np.float32)
         item_Nk = np.empty((len(user_ND), k), np.int64)
         whole_N = context_N == CORPUS
-        every = np.tile(np.arange(self.n_categories), (int(whole_N.sum()), 1))
+        of_all = np.arange(self.n_categories)
+        of_all[list(without)] = -1  # no list is searched for it
+        every = np.tile(of_all, (int(whole_N.sum()), 1))
         for lists, rows, wanted in (
             (self._faiss, ~whole_N, context_N[~whole_N, None]),
             (self._all, whole_N, every),
@@ -140,7 +142,7 @@ class Index:
         self,
         user_vectors_ND: np.ndarray,
         contexts_N: np.ndarray,
-        scale: float,
+        scale: float | np.ndarray,
         items_Nk: np.ndarray,
         cosine_Nk: np.ndarray,
     ) -> np.ndarray:
@@ -155,8 +157,9 @@ class Index:
         user_ND, context_N = _checked_queries(
             user_vectors_ND, contexts_N, k, self.dimension, self.n_categories
         )
-        rows = zip(user_ND, context_N, np.asarray(items_Nk), np.asarray(cosine_Nk), strict=True)
-        return np.array([self._log_sum(user, c, scale, item, cosine) for user, c, item, cosine in rows])
+        scale_N = np.broadcast_to(scale, len(user_ND))
+        rows = zip(user_ND, context_N, scale_N, np.asarray(items_Nk), np.asarray(cosine_Nk), strict=True)
+        return np.array([self._log_sum(*row) for row in rows])
 
     def _log_sum(
         self, user_D: np.ndarray, category: int, scale: float, item_k: np.ndarray, cosine_k: np.ndarray
@@ -207,7 +210,7 @@ class ExactIndex:
         self.dimension = item_vectors_ID.shape[1]
 
     def search(
-        self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int
+        self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int, without: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Index.search`."""
         user_ND, context_N = _checked_queries(
@@ -217,7 +220,10 @@ class ExactIndex:
         cosine_Nk = np.full((len(user_ND), k), -np.inf, np.float32)
         for row, (user_D, category) in enumerate(zip(user_ND, context_N, strict=True)):
             cosine = self._cosines(user_D, category)
+            for c in without if category == CORPUS else ():
+                cosine[slice(*self._range(c))] = -np.inf
             best = np.argsort(-cosine, kind="stable")[:k]
+            best = best[cosine[best] > -np.inf]
             item_Nk[row, : len(best)] = self._range(category)[0] + best
             cosine_Nk[row, : len(best)] = cosine[best]
         return item_Nk, cosine_Nk
@@ -226,7 +232,7 @@ class ExactIndex:
         self,
         user_vectors_ND: np.ndarray,
         contexts_N: np.ndarray,
-        scale: float,
+        scale: float | np.ndarray,
         items_Nk: np.ndarray,
         cosine_Nk: np.ndarray,
     ) -> np.ndarray:
@@ -234,12 +240,11 @@ class ExactIndex:
         user_ND, context_N = _checked_queries(
             user_vectors_ND, contexts_N, 1, self.dimension, self.n_categories
         )
+        scale_N = np.broadcast_to(scale, len(user_ND))
         return np.array(
             [
-                np.logaddexp.reduce(
-                    scale * self._cosines(user_D, category).astype(np.float64), initial=-np.inf
-                )
-                for user_D, category in zip(user_ND, context_N, strict=True)
+                np.logaddexp.reduce(s * self._cosines(user_D, c).astype(np.float64), initial=-np.inf)
+                for user_D, c, s in zip(user_ND, context_N, scale_N, strict=True)
             ]
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 from longretriever.evaluate.collaborative import ALS, BM25
 from longretriever.evaluate.plan import Arm
 from longretriever.evaluate.rivals import Popular, PopularInContext, Recent
-from longretriever.model.config import PginConfig, TrainConfig, configuration, need_torch
+from longretriever.model.config import EbrConfig, PginConfig, TrainConfig, configuration, need_torch
 from longretriever.retrieve.interests import Interests, Pgin, RandomInTop, Top
 from longretriever.retrieve.merge import quota
 
@@ -49,8 +49,6 @@ def _plain(**changes: Any) -> TrainConfig:
 
 
 def _systems() -> list[Arm]:
-    from longretriever.model.baselines.ebr import EbrConfig
-
     return [
         Arm(
             PAPER,

@@ -31,7 +31,7 @@ from longretriever.model.config import LEARNED, configuration, need_torch
 from longretriever.model.warm import need_implicit
 from longretriever.retrieve.interests import Interests
 from longretriever.retrieve.merge import Merge
-from longretriever.retrieve.retriever import BATCH, Retriever, index_model
+from longretriever.retrieve.retriever import BATCH, WHOLE, Retriever, index_model
 from longretriever.retrieve.rules import Rules
 from longretriever.saved import opening
 from longretriever.store.behaviors import Store
@@ -181,10 +181,12 @@ def learn(
     except Mismatch:  # an unfinished training of other settings or another log: of no use here
         at = train(train_store, path, config, progress=trained, threads=threads, fresh=True)
     index_model(path)
-    parameters = opening(path, "model").facts["parameters"]
-    seconds = at.seconds + (at.interests["seconds"] if at.interests else 0.0)
+    parameters = dict(opening(path, "model").facts["parameters"])
+    if "whole" in at.beside:
+        for what, number in opening(path / WHOLE, "model").facts["parameters"].items():
+            parameters[what] += number
     return {
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(at.all_seconds, 1),
         "samples_per_second": round(at.samples / max(at.seconds, 1e-9), 1),
         "training": {
             "samples": at.samples,
@@ -194,7 +196,7 @@ def learn(
             "validation": [round(v, 4) for v in at.validation],
             "curve": [[round(s, 1), n, round(v, 4)] for s, n, v in at.curve],
             "ended": at.finished,
-            "interests_seconds": round(seconds - at.seconds, 1),
+            "seconds_beside": {name: round(of["seconds"], 1) for name, of in at.beside.items()},
         },
         "parameters": parameters,
     }

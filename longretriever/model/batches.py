@@ -149,6 +149,7 @@ class Sampling:
     recent_length: int = 20  # R, with the next; 0: none
     life_sample: int = 0  # of the R: behaviors spread evenly over what is older than the others
     within: int | None = None  # look back on the user's last so many behaviors only
+    most: int | None = None  # samples of a user in an epoch, about; None: all
     distance: float = 0.0  # share of samples that are asked for earlier than just before the event
     returns: bool = False  # list what each state knows, for a model that points back at it
     overlap: int = 8  # behaviors of context that a packed row repeats from the row before it
@@ -290,10 +291,25 @@ class Batches:
 
     @cached_property
     def n_samples(self) -> int:
-        """Of one epoch."""
-        n_lines = len(self.lines.start) - 1
-        parts = (np.arange(at, min(at + (1 << 20), n_lines)) for at in range(0, n_lines, 1 << 20))
-        return sum(int(self.rows(part, None).samples.sum()) for part in parts)
+        """Of one epoch; with `most`, about."""
+        n_lines, total = len(self.lines.start) - 1, 0.0
+        for at in range(0, n_lines, 1 << 20):
+            rows = self.rows(np.arange(at, min(at + (1 << 20), n_lines)), None)
+            total += float((rows.samples * self.kept(rows)).sum())
+        return round(total)
+
+    def kept(self, rows: Rows) -> np.ndarray:
+        """The share of rows like each that an epoch keeps, so that a few users do not outweigh all others."""
+        if self.sampling.most is None:
+            return np.ones(len(rows.group))
+        store, user = self.store, self.lines.user[rows.group]
+        size = store.group_start[store.user_group[user + 1]] - store.group_start[store.user_group[user]]
+        return np.minimum(1.0, self.sampling.most / np.maximum(size, 1))
+
+    def _thinned(self, rows: Rows, rng: np.random.Generator) -> Rows:
+        """In random order, without those that `most` leaves out."""
+        rows = rows.take(rng.permutation(len(rows.group)))
+        return rows.take(rng.random(len(rows.group)) < self.kept(rows))
 
     def rows(self, lines: np.ndarray, rng: np.random.Generator | None) -> Rows:
         """Cut the training events of these lines into rows; `rng` shifts the cuts of long ones."""
@@ -337,7 +353,7 @@ class Batches:
         return Rows(group, earliest, first, stop)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[list[Rows]]:
-        """One pass over all samples as steps; each element of a step holds rows of one category.
+        """One pass over the samples as steps; each element of a step holds rows of one category.
 
         With `mixed`, an element holds rows of all. The order depends on (seed, epoch) alone.
         """
@@ -349,8 +365,7 @@ class Batches:
         def batches() -> Iterator[tuple[int, Rows]]:
             for at in range(0, len(blocks), _WINDOW):
                 lines = (blocks[at : at + _WINDOW, None] * _BLOCK + np.arange(_BLOCK)).ravel()
-                rows = self.rows(lines[lines < n_lines], rng)
-                rows = rows.take(rng.permutation(len(rows.group)))
+                rows = self._thinned(self.rows(lines[lines < n_lines], rng), rng)
                 yield from cache.add(self._buffer(rows), rows)
             yield from cache.flush()
 
@@ -388,8 +403,7 @@ class Batches:
                 self.lines.start[rows.group], rows.stop - 1 - max(1, self.sampling.context_length)
             )
         rows = Rows(rows.group, np.minimum(start, late), late, rows.stop)
-        rows = rows.take(rows.samples > 0)
-        rows = rows.take(rng.permutation(len(rows.group)))
+        rows = self._thinned(rows.take(rows.samples > 0), rng)
         rows = rows.take(slice(0, int(np.searchsorted(np.cumsum(rows.samples), limit)) + 1))
         cache = CategoryCache(self.sampling.samples, limit + 1)
         released = [*cache.add(self._buffer(rows), rows), *cache.flush()]

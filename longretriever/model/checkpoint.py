@@ -7,6 +7,7 @@ the ids they stand for, so that serving needs no torch (see `exported.py` for th
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,16 +61,16 @@ def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def save_model(run: Training, out: Path, interests: Path | None = None) -> None:
+def save_model(run: Training, out: Path, beside: Mapping[str, Path]) -> None:
     """Write what serving opens: the learner's own files, its weights, ids, and how they came about.
 
-    `interests` is a folder to become part of the model: how it chooses its contexts.
+    `beside` are folders to become part of the model, by the names that they have there.
     """
     store, learner, at = run.store, run.learner, run.at
     with writing(out, learner.kind) as folder:
         shutil.copy(store.path / "categories.arrow", folder.path)
-        if interests is not None:
-            shutil.copytree(interests, folder.path / "interests")
+        for name, path in beside.items():
+            shutil.copytree(path, folder.path / name)
         weights = {k: v.contiguous() for k, v in learner.state_dict().items()}
         save_file(weights, folder.path / "weights.safetensors")
         serving = learner.write(folder, run.rows)

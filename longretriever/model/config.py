@@ -24,6 +24,7 @@ class Learning:
     epochs: int | None = None  # at most; None: about 4,000 steps, at least 5 epochs and at most 30
     minutes: float | None = None  # wall time at most; the rate falls to its end within it
     samples: int | None = None  # to learn from at most
+    most: int | None = 200  # samples of a user in an epoch, about, so that a few do not outweigh all others
     patience: int = 2  # epochs without a better validation loss before training stops
     validation: float = 0.02  # newest part of the events, held out
     lr: float = 2e-3
@@ -41,6 +42,7 @@ class Learning:
             ("epochs", "to suit the log"),
             ("step_samples", "to suit the log"),
             ("samples", "for no bound"),
+            ("most", "for all"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -92,13 +94,13 @@ class PginConfig(Learning):
     categories: int = 128  # P: categories met, the lately met first, that the pointer may point to
     pointer: bool = True  # to categories of the user's history
     generator: bool = True  # of any category
-    most: int = 400  # samples of a user in an epoch, about
-    distance: float = 0.3  # share of samples asked for some events ahead, not just before
+    most: int | None = 100
+    distance: float = 0.5  # share of samples asked for some events ahead, not just before
     horizon: int = 500  # events ahead at most
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive("heads", "recent_length", "categories", "most", "horizon")
+        self._positive("heads", "recent_length", "categories", "horizon")
         if self.dim % self.heads:
             raise InputError(f"dim={self.dim} cannot be divided among heads={self.heads}: choose a multiple.")
         if not (self.pointer or self.generator):
@@ -115,6 +117,38 @@ class PginConfig(Learning):
 
 
 @dataclass(frozen=True)
+class EbrConfig(VectorLearning):
+    """The dual tower with one user vector. The defaults are the tuned form; `paper()` is the paper's."""
+
+    encoder: str = "packed"  # or "cls": the paper's, one sample a row
+    layers: int = 2
+    heads: int = 2
+    length: int = 200  # behaviors of any category that the user tower reads
+    whole_up_to: int = 8192  # items: a larger corpus competes by sample
+    sampled_negatives: int = 2048  # evenly drawn, beside the targets of the batch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder not in ("packed", "cls"):
+            raise InputError(f"encoder={self.encoder!r}: expected 'packed' or 'cls'.")
+        self._positive("layers", "heads", "length")
+        if self.dim % self.heads:
+            raise InputError(f"dim={self.dim} cannot be divided among heads={self.heads}: choose a multiple.")
+
+    @classmethod
+    def paper(cls, **changes: object) -> EbrConfig:
+        """The dual tower of LongRetriever's section 3.1: in-batch negatives alone, item rows from noise."""
+        plain = {"encoder": "cls", "whole_up_to": 0, "sampled_negatives": 0, "warm_start": False}
+        plain |= {"id_dropout": 0.0, "most": None}
+        return cls(**{**plain, **changes})  # type: ignore[arg-type]
+
+    def learner(self, store: Store) -> Learner:
+        from longretriever.model.ebr import Ebr
+
+        return Ebr(store, self)
+
+
+@dataclass(frozen=True)
 class TrainConfig(VectorLearning):
     """LongRetriever. The defaults need no tuning to start with; `paper()` is what the paper describes."""
 
@@ -128,7 +162,9 @@ class TrainConfig(VectorLearning):
     ages: bool = True  # how long ago the last behaviors were is a feature
     returns: bool = True  # items met before compete by when they were met, the others by their vectors
     explore_weight: float = 0.5  # of the loss by vectors alone, beside that of the mixture with returns
-    distance: float = 0.0  # share of samples asked for some events ahead, not just before
+    distance: float = 0.5  # share of samples asked for some events ahead, not just before
+    whole: EbrConfig | None = EbrConfig()  # one more vector, which searches all items; None: contexts alone
+    whole_share: float = 0.3  # of an answer's probability: for what that vector finds
     interests: PginConfig | None = PginConfig()  # the choice of contexts; None: by Equation 3
     mixed: bool = False  # batches of all categories: what the paper's Table 5 compares with
     overlap: int = 8
@@ -146,8 +182,9 @@ class TrainConfig(VectorLearning):
             raise InputError(
                 f"recent_length={self.recent_length}, within={self.within}: expected at least 0, at least 1."
             )
-        if not 0 <= self.distance < 1:
-            raise InputError(f"distance={self.distance}: expected a share in [0, 1).")
+        for name in ("distance", "whole_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected a share in [0, 1).")
         if self.life_sample < 0 or (self.life_sample and not (self.recent_length and self.within is None)):
             raise InputError(
                 f"life_sample={self.life_sample}: expected 0, or more with recent_length above 0 and the "
@@ -158,7 +195,8 @@ class TrainConfig(VectorLearning):
     def paper(cls, **changes: object) -> TrainConfig:
         """The user tower and the objective of LongRetriever's sections 2.2 and 2.3, and nothing beside."""
         plain = {"encoder": "cls", "recent_length": 0, "ages": False, "returns": False, "warm_start": False}
-        return cls(**{**plain, "id_dropout": 0.0, "interests": None, **changes})  # type: ignore[arg-type]
+        plain |= {"id_dropout": 0.0, "distance": 0.0, "whole": None, "most": None, "interests": None}
+        return cls(**{**plain, **changes})  # type: ignore[arg-type]
 
     def learner(self, store: Store) -> Learner:
         from longretriever.model.towers import LongRetriever
@@ -174,6 +212,7 @@ class TrainConfig(VectorLearning):
             recent_length=self.recent_length + self.life_sample,
             life_sample=self.life_sample,
             within=self.within,
+            most=self.most,
             distance=self.distance,
             returns=self.returns,
             overlap=min(self.overlap, self.context_length),
@@ -190,7 +229,6 @@ LEARNED = ("longretriever", "ebr", "mind", "ulim")
 def configuration(name: str) -> Learning:
     """The default configuration of a model of `LEARNED`. Raises `MissingExtra` without PyTorch."""
     need_torch()
-    from longretriever.model.baselines.ebr import EbrConfig
     from longretriever.model.baselines.mind import MindConfig
     from longretriever.model.baselines.ulim import UlimConfig
 

@@ -20,6 +20,8 @@ from longretriever.model.age import age_class
 from longretriever.saved import Manifest, opening
 from longretriever.store.behaviors import Behaviors, Ids, ItemIds, Vocabulary, read_arrow, vocabularies
 
+_WIDTHS = np.array([2, 6, 16])  # behaviors: requests up to each share a call, and all longer ones
+
 
 @dataclass(frozen=True)
 class Request:
@@ -72,6 +74,8 @@ class Model:
         self.method: str = facts["method"]
         self.asks_contexts: bool = facts["contexts"]  # one vector for each context, searching that category
         self.asks_corpus: bool = facts["corpus"]  # vectors that search all items
+        self.corpus_scale: float = facts.get("corpus_scale", self.scale)  # for what is found among all items
+        self.whole_share: float = facts.get("whole_share", 0.5)  # of an answer's probability: for that
         self.merge: str = facts.get("merge", "probability")  # how its lists become one, see `retrieve.merge`
         self.context_length: int = facts["context_length"]
         self.recent_length: int = facts["recent_length"]
@@ -103,7 +107,25 @@ class Model:
         return out
 
     def user_vectors(self, requests: list[Request]) -> UserVectors:
-        """What the user tower says to these requests. One call of ONNX Runtime."""
+        """What the user tower says to these requests. One call of ONNX Runtime for each of `_WIDTHS`.
+
+        Most contexts are short: padded to the longest, they would take three times as long.
+        """
+        length = np.array([len(r.behaviors.item) for r in requests])
+        bucket = np.searchsorted(_WIDTHS, length)
+        parts = [np.flatnonzero(bucket == b) for b in np.unique(bucket)]
+        found = [self._of_alike([requests[i] for i in part]) for part in parts]
+        order = np.argsort(np.concatenate(parts))
+        user, interests = (np.concatenate(x)[order] for x in list(zip(*found, strict=True))[:2])
+        shares = None
+        if found[0].shares is not None:
+            widest = max(f.shares.shape[1] for f in found)
+            padded = [np.pad(f.shares, ((0, 0), (0, widest - f.shares.shape[1]))) for f in found]
+            shares = np.concatenate(padded)[order]
+        return UserVectors(user, interests, shares)
+
+    def _of_alike(self, requests: list[Request]) -> UserVectors:
+        """The same of requests of similar length, in one call."""
         outputs = dict(zip(self._outputs, self._session.run(None, self._feed(requests)), strict=True))
         user, n = outputs["user"], len(requests)
         if user.ndim == 2:

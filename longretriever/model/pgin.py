@@ -152,14 +152,17 @@ class Lessons:
 
     def __init__(self, store: Store, config: PginConfig, until: int, held_out: bool) -> None:
         self.store, self.config, self.until, self.held_out = store, config, until, held_out
-        self.step_samples = config.samples_of_step(self.n_samples)
         self.user_start = store.group_start[store.user_group].astype(np.int64)
+        self.step_samples = config.samples_of_step(self.n_samples)
 
     @cached_property
     def n_samples(self) -> int:
         """Of one epoch, about."""
-        size = np.diff(self.store.group_start[self.store.user_group])
-        return int(np.minimum(size, self.config.most).sum())
+        return round(float((np.diff(self.user_start) * self._kept(np.diff(self.user_start))).sum()))
+
+    def _kept(self, size: np.ndarray) -> np.ndarray:
+        """The share of the events of users of so many that an epoch draws."""
+        return np.minimum(1.0, (self.config.most or np.inf) / np.maximum(size, 1))
 
     def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
         """Steps of positions in `Store.time_order`; the order depends on (seed, epoch) alone."""
@@ -169,7 +172,7 @@ class Lessons:
         for at in range(0, len(size), 1 << 16):  # users: the log may exceed memory
             part = slice(at, at + (1 << 16))
             first = int(self.user_start[part.start])
-            share = np.repeat(np.minimum(1.0, self.config.most / np.maximum(size[part], 1)), size[part])
+            share = np.repeat(self._kept(size[part]), size[part])
             chosen.append(first + np.flatnonzero(rng.random(len(share)) < share))
         return self._steps(rng.permutation(np.concatenate(chosen)))
 

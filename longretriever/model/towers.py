@@ -369,6 +369,7 @@ class LongRetriever(Learner):
             "recent_length": c.recent_length,
             "life_sample": c.life_sample,
             "within": c.within,
+            "whole_share": c.whole_share,
         }
 
 

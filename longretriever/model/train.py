@@ -37,8 +37,10 @@ PREFETCH = 4  # steps that are read ahead while one is computed
 _WARM_UP = 100  # steps in which the rate rises to its full height
 _LAST_RATE = 0.05  # of the full rate, at the end
 _VALIDATION_SAMPLES = 20_000
-INTERESTS_SHARE = 0.2
-"""Of the minutes that a training may take: for the choice of contexts."""
+SHARES = {"whole": 0.45, "interests": 0.2}
+"""Of the minutes that a training may take: for what a model brings beside its own vectors, where it does.
+
+In this order; what one does not need is left for the next."""
 
 
 @dataclass
@@ -57,7 +59,11 @@ class Position:
     curve: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, samples, that figure
     best: int = -1  # epoch with the best validation
     finished: str = ""  # why training ended
-    interests: dict[str, Any] | None = None  # the same of the choice of contexts, where that is learned
+    beside: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same of each of `SHARES`
+
+    @property
+    def all_seconds(self) -> float:
+        return self.seconds + sum(at["seconds"] for at in self.beside.values())
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Tick:
     chance: float  # the same for guessing evenly
     samples_per_second: float
     validation: float | None = None
-    learning: str = "vectors"  # or "interests"
+    learning: str = "contexts"  # or what else is learned, see `SHARES`
 
 
 class Training:
@@ -89,8 +95,7 @@ class Training:
                 "no category has two items or more. Check the category column of the log."
             )
         self.epochs = config.epochs_for(self.batches.n_samples, self.batches.step_samples)
-        rest = _rest(config) or 0.0  # kept for the choice of contexts
-        self.minutes = config.minutes and config.minutes - rest
+        self.minutes = config.minutes and config.minutes * (1 - sum(SHARES[name] for name in _beside(config)))
         self.total = min(self.batches.n_samples * self.epochs, config.samples or sys.maxsize)
         self.workers = ThreadPoolExecutor(min(config.parts, threads or config.parts))
         self.rows = ItemRows(torch.empty(0, config.dim), config.row_lr)
@@ -154,7 +159,7 @@ class Training:
                 progress(Tick(at, self.share, loss / samples, chance / samples, at.samples / at.seconds))
             save()
             if self.minutes and at.seconds >= 60 * self.minutes:
-                at.finished = f"{self.minutes:g} minutes are over"
+                at.finished = f"{60 * self.minutes:g} seconds are over"
                 break
             if at.samples >= self.total and self.config.samples:
                 at.finished = f"{self.config.samples:,} samples are learned"
@@ -242,35 +247,47 @@ def train(
     if position.validation and position.best < position.epoch - 1:
         load_state(work / "best", run)
         run.at = position
-    chosen_by = _learn_interests(run, work, progress, checkpoint_seconds, threads)
-    save_model(run, target, chosen_by)
+    beside = {}
+    for name, of in _beside(config).items():
+        beside[name] = _learn_beside(run, name, of, work, progress, checkpoint_seconds, threads)
+    save_model(run, target, beside)
     shutil.rmtree(work, ignore_errors=True)
     return position
 
 
-def _learn_interests(
+def _beside(config: Learning) -> dict[str, Learning]:
+    """What else a configuration asks to learn, each by its own."""
+    found = {name: getattr(config, name, None) for name in SHARES}
+    return {name: of for name, of in found.items() if of is not None}
+
+
+def _learn_beside(
     run: Training,
+    name: str,
+    config: Learning,
     work: Path,
     progress: Callable[[Tick], None] | None,
     checkpoint_seconds: float,
     threads: int | None,
-) -> Path | None:
-    """Train the choice of contexts beside the vectors, where the configuration has one."""
-    config = getattr(run.config, "interests", None)
-    if config is None:
-        return None
+) -> Path:
+    """Train what a model brings beside its vectors of contexts: from its seed, in the time that is left."""
 
     def say(tick: Tick) -> None:
         if progress:
-            progress(replace(tick, learning="interests"))
+            progress(replace(tick, learning=name))
 
-    path = work / "interests"
+    path = work / name
     if path.exists():  # a run was killed between that and the saving of the model
-        run.at.interests = opening(path, "interests").facts["training"]
+        run.at.beside[name] = opening(path, "interests" if name == "interests" else "model").facts["training"]
         return path
-    config = replace(config, seed=run.config.seed, minutes=_rest(run.config))
+    whole = run.config
+    minutes = None
+    if whole.minutes:
+        left = (1 - sum(SHARES[n] for n in _beside(whole) if n not in run.at.beside)) * whole.minutes
+        minutes = whole.minutes * SHARES[name] + max(0.0, left - run.at.all_seconds / 60)
+    config = replace(config, seed=whole.seed, minutes=minutes, samples=config.samples or whole.samples)
     at = train(run.store, path, config, progress=say, checkpoint_seconds=checkpoint_seconds, threads=threads)
-    run.at.interests = asdict(at)
+    run.at.beside[name] = asdict(at)
     return path
 
 
@@ -283,12 +300,6 @@ def _processors(threads: int | None, parts: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _rest(config: Learning) -> float | None:
-    """The minutes of a bounded training that the choice of contexts may take."""
-    learned = getattr(config, "interests", None) is not None
-    return config.minutes * INTERESTS_SHARE if config.minutes and learned else None
 
 
 def _rate(at: Position) -> float:

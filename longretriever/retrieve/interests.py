@@ -93,18 +93,20 @@ class Top:
 
 @dataclass(frozen=True)
 class Pgin:
-    """The `k` likeliest next categories by a pointer-generator model, likeliest first (ULIM, 2507.10097).
+    """The likeliest next categories by a pointer-generator model, likeliest first (ULIM, 2507.10097).
 
-    A share is the probability that the next behavior is in the category. `Retriever.load` opens the one that
+    As many as make up `cover` of all probability, at most `k`: few for a user who is easy to foresee. A share
+    is the probability that the next behavior is in the category. `Retriever.load` opens the one that
     was trained with its model, unless `path` names another folder of kind "interests".
     """
 
-    k: int = 20
+    k: int = 50
     path: str | os.PathLike[str] | None = None
     threads: int = 1
+    cover: float = 0.98
 
     def __post_init__(self) -> None:
-        _check_positive("Pgin", k=self.k, threads=self.threads)
+        _check_positive("Pgin", k=self.k, cover=self.cover, threads=self.threads)
 
     def beside(self, model: Path) -> Pgin:
         """This, with the weights that were trained with a model, unless it has some."""
@@ -126,6 +128,8 @@ class Pgin:
         chosen = {}
         for life, probability_C in zip(lived, self._trained.probabilities(lived), strict=True):
             best = np.argsort(-probability_C, kind="stable")[: self.k]
+            before = np.cumsum(probability_C[best]) - probability_C[best]
+            best = best[before < self.cover]
             contexts = Contexts(at_store[best], probability_C[best].astype(np.float64))
             chosen[id(life)] = contexts.only((contexts.category >= 0) & (contexts.share > 0))
         return [chosen.get(id(life), Contexts.none()) for life in lives]

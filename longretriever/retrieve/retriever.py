@@ -31,6 +31,9 @@ from longretriever.retrieve.rules import Ruled, Rules
 from longretriever.saved import beside, sync
 from longretriever.store.behaviors import Behaviors, Life, Store
 
+WHOLE = "whole"
+"""The folder, within that of a model, of another one whose vector searches all items."""
+
 BATCH = 64  # users that share one call of the user tower and of the index
 
 
@@ -39,12 +42,23 @@ class Found(NamedTuple):
 
     item: np.ndarray
     cosine: np.ndarray
+    scale: float
     normaliser: float
     user: np.ndarray  # [D] the vector itself
 
 
+class Searched(NamedTuple):
+    """What finds items: user vectors of the one are searched for in the other."""
+
+    model: Model
+    index: Index | ExactIndex
+
+
 class Retriever:
-    """A model, its index and a store of behaviors, ready to answer. Safe to share between threads."""
+    """A model, its index and a store of behaviors, ready to answer. Safe to share between threads.
+
+    `whole` makes the vector that searches all items, where the model does not itself.
+    """
 
     def __init__(
         self,
@@ -52,10 +66,15 @@ class Retriever:
         index: Index | ExactIndex,
         store: Store,
         *,
+        whole: Searched | None = None,
         interests: Interests | None = None,
         merge: Merge | None = None,
     ) -> None:
         self.model, self.index, self.store = model, index, store
+        self._of_contexts = self._of_all = Searched(model, index)
+        if whole is not None:
+            self._of_all = whole
+        self._asks_all = self._of_all.model.asks_corpus
         if interests is None:
             interests = Pgin() if (model.path / INTERESTS).exists() else RandomInTop()
         self._opened: dict[Pgin, Pgin] = {}
@@ -78,24 +97,19 @@ class Retriever:
     ) -> Retriever:
         """Open a model folder, with `path/index` and the store it was trained on unless others are given.
 
+        What the model brings to search all items is opened with it.
+
         `interests` and `merge` are those that the model was made for, unless given. `exact=True` scans all
         item vectors instead of opening an index. `threads` is for the user tower.
         Raises a `SavedError` when a folder is absent, damaged, or the index is not of this model.
         """
         model = Model.open(path, verify, threads)
         behaviors = Store.open(store, verify) if store else _trained_on(model, verify)
-        if exact:
-            vectors = model.item_vectors(slice(None))
-            return cls(
-                model, ExactIndex(vectors, model.category_start), behaviors, interests=interests, merge=merge
-            )
-        opened = Index.open(index or Path(path) / "index", verify)
-        if opened.manifest.made_from.get("model") != model.fingerprint:
-            raise Mismatch(
-                f"{opened.path} was made from another model than {model.path}. "
-                f"Make it again with `longretriever index {path}`."
-            )
-        return cls(model, opened, behaviors, interests=interests, merge=merge)
+        searched, whole = _searched(model, index or model.path / "index", exact, verify), None
+        if (model.path / WHOLE).exists():
+            of_all = Model.open(model.path / WHOLE, verify, threads)
+            whole = _searched(of_all, of_all.path / "index", exact, verify)
+        return cls(*searched, behaviors, whole=whole, interests=interests, merge=merge)
 
     def retrieve(
         self,
@@ -189,31 +203,54 @@ class Retriever:
             met = life.in_context(at_store, model.context_length)
             request = Request(category, numbers.behaviors(met), recent, profile, life.now)
             out.append(((request, met if len(met.item) else lately), share))
-        if model.asks_corpus and len(lately.item):
-            met = numbers.known(life.recent(model.context_length))
+        if self._asks_all and len(lately.item):
+            met = numbers.known(life.recent(self._of_all.model.context_length))
             request = Request(CORPUS, numbers.behaviors(met), recent, profile, life.now)
-            out.append(((request, met if len(met.item) else lately), 1.0))
+            others = sum(share for _, share in contexts) or 1.0
+            share = others * model.whole_share / (1 - model.whole_share)
+            out.append(((request, met if len(met.item) else lately), share))
         return out
 
     def _search(
         self, rows: list[Request], lives: Sequence[Life], shares: Sequence[float], k: int, ruled: Ruled
     ) -> Iterator[tuple[int, Ranked]]:
         """The answers, each with the row that it is of; a row has one for each of its user vectors."""
-        if not rows:
-            return
-        vectors = self.model.user_vectors(rows)
+        unwanted = self._unwanted(rows, lives, ruled)
+        whole = np.array([row.category == CORPUS for row in rows], bool)
+        parts = [(self._of_contexts, ~whole), (self._of_all, whole)]
+        if self._of_all == self._of_contexts:
+            parts = [(self._of_contexts, np.ones(len(rows), bool))]
+        for searched, which in parts:
+            at = np.flatnonzero(which)
+            if len(at):
+                mine = [rows[i] for i in at], [shares[i] for i in at], [unwanted[i] for i in at]
+                for n, ranked in self._searched(searched, *mine, k, ruled):
+                    yield int(at[n]), ranked
+
+    def _searched(
+        self,
+        searched: Searched,
+        rows: list[Request],
+        shares: list[float],
+        unwanted: list[np.ndarray],
+        k: int,
+        ruled: Ruled,
+    ) -> Iterator[tuple[int, Ranked]]:
+        """The same of rows that one model answers: one call of its user tower, one of its index."""
+        model, index = searched
+        vectors = model.user_vectors(rows)
         row_N = np.repeat(np.arange(len(rows)), vectors.interests)
         user_ND = vectors.user[np.arange(vectors.user.shape[1]) < vectors.interests[:, None]]
         context_N = np.array([rows[i].category for i in row_N])
-        unwanted = self._unwanted(rows, lives, ruled)
         fetch = max(1, min(k + max(map(len, unwanted)), self._largest(context_N)))
-        item_Nk, cosine_Nk = self.index.search(user_ND, context_N, fetch)
+        item_Nk, cosine_Nk = index.search(user_ND, context_N, fetch, tuple(ruled.excluded))
         # By the first k alone: what others of the call have fetched must not change a user's answer.
         head_Nk = item_Nk[:, :k], cosine_Nk[:, :k]
-        normaliser_N = self.index.log_normaliser(user_ND, context_N, self.model.scale, *head_Nk)
+        scale_N = np.where(context_N == CORPUS, model.corpus_scale, model.scale)
+        normaliser_N = index.log_normaliser(user_ND, context_N, scale_N, *head_Nk)
         for n, i in enumerate(row_N):
             head = k + len(unwanted[i])  # as many as this row alone would have fetched
-            found = Found(item_Nk[n, :head], cosine_Nk[n, :head], normaliser_N[n], user_ND[n])
+            found = Found(item_Nk[n, :head], cosine_Nk[n, :head], scale_N[n], normaliser_N[n], user_ND[n])
             log_shares = None
             if vectors.shares is not None:
                 log_shares = _shared(vectors.shares[i], ruled.rules.returns)
@@ -245,7 +282,7 @@ class Retriever:
             missing = past[~np.isin(past, item)]
             item = np.concatenate([item, missing])
             cosine = np.concatenate([cosine, self.model.item_vectors(missing) @ found.user])
-        log_prob = self.model.scale * cosine.astype(np.float64) - found.normaliser
+        log_prob = found.scale * cosine.astype(np.float64) - found.normaliser
         if log_shares is not None:
             log_prob += log_shares[0]
             log_prob = _with_returns(item, log_prob, met, log_shares[1:])
@@ -412,6 +449,18 @@ def _with_returns(
     return np.logaddexp(log_prob, returned)
 
 
+def _searched(model: Model, index: str | os.PathLike[str], exact: bool, verify: bool) -> Searched:
+    if exact:
+        return Searched(model, ExactIndex(model.item_vectors(slice(None)), model.category_start))
+    opened = Index.open(index, verify)
+    if opened.manifest.made_from.get("model") != model.fingerprint:
+        raise Mismatch(
+            f"{opened.path} was made from another model than {model.path}. "
+            f"Make it again with `longretriever index {model.path}`."
+        )
+    return Searched(model, opened)
+
+
 def _trained_on(model: Model, verify: bool) -> Store:
     try:
         return Store.open(model.manifest.facts["store_path"], verify)
@@ -427,7 +476,12 @@ def index_model(
     out: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Build the index of a model folder, by default inside it, and return where it is."""
+    """Build the index of a model folder, by default inside it, and return where it is.
+
+    Where the model brings another to search all items, that gets its index as well, inside its own folder.
+    """
+    if (Path(path) / WHOLE).exists():
+        index_model(Path(path) / WHOLE)
     model = Model.open(path)
     target = Path(out) if out else Path(path) / "index"
     chunks = (model.item_vectors(slice(at, at + (1 << 16))) for at in range(0, model.n_items, 1 << 16))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from longretriever.errors import InputError, UnknownCategory
+from longretriever.index import CORPUS
 from longretriever.model.exported import Model
 from longretriever.retrieve.interests import Contexts
 from longretriever.retrieve.merge import Ranked, boosted, capped
@@ -47,7 +48,7 @@ class Ruled:
     """`Rules` in the model's numbers."""
 
     def __init__(self, rules: Rules, model: Model) -> None:
-        self.rules = rules
+        self.rules, self._category_of = rules, model.category_of
         self.items = np.unique(
             np.array(
                 [n for n in map(model.item_ids.number_of, rules.exclude_items) if n is not None], np.int64
@@ -71,9 +72,25 @@ class Ruled:
         return out + [(c, least) for c in self.included if c not in present]
 
     def lists(self, lists: Sequence[Ranked]) -> Sequence[Ranked]:
-        if self.boosts:
-            lists = boosted(lists, self.boosts)
-        return capped(lists, self.quotas) if self.quotas else lists
+        """Lists with boosts and quotas applied; in those of all items, to the items of each category."""
+        if not (self.boosts or self.quotas):
+            return lists
+        named = {ranked.category for ranked in lists}
+        ruled = capped(boosted(lists, self.boosts), self.quotas)
+        return [self._of_all(ranked, named) if ranked.category == CORPUS else ranked for ranked in ruled]
+
+    def _of_all(self, ranked: Ranked, named: set[int]) -> Ranked:
+        """A list of all items; of a category with a quota it keeps those that the category's own cannot."""
+        category = self._category_of(ranked.item)
+        log_prob, keep = ranked.log_prob.copy(), np.ones(len(category), bool)
+        for c, boost in self.boosts.items():
+            log_prob[category == c] += np.log(boost)
+        order = np.argsort(-log_prob, kind="stable")
+        for c, most in self.quotas.items():
+            mine = order[category[order] == c]
+            keep[mine[0 if c in named else most :]] = False
+        order = order[keep[order]]
+        return replace(ranked, item=ranked.item[order], cosine=ranked.cosine[order], log_prob=log_prob[order])
 
 
 def _category(model: Model, category_id: int | str) -> int:

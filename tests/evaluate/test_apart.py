@@ -13,7 +13,9 @@ from longretriever.evaluate.apart import Broken, _ended, learn_apart, peak_memor
 from longretriever.model.config import TrainConfig
 from tests.worlds import parity_log, stored
 
-TINY = TrainConfig(dim=8, context_length=8, recent_length=4, overlap=2, step_samples=20, epochs=6, layers=1)
+TINY = TrainConfig(
+    dim=8, context_length=8, recent_length=4, overlap=2, step_samples=20, epochs=6, layers=1, whole=None
+)
 
 
 @pytest.fixture(scope="module")

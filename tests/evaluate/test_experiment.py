@@ -501,7 +501,7 @@ def test_what_produced_it_is_in_the_result(tmp_path, learning):
 
 def test_the_whole_way_with_a_real_training_in_its_process(tmp_path):
     tiny = TrainConfig(
-        dim=8, context_length=8, recent_length=4, overlap=2, step_samples=100, epochs=1, layers=1
+        dim=8, context_length=8, recent_length=4, overlap=2, step_samples=100, epochs=1, layers=1, whole=None
     )
     arms = (
         Arm("ours", learn=tiny),

@@ -15,7 +15,7 @@ from longretriever.errors import InputError
 from longretriever.evaluate.rivals import train_counts
 from longretriever.evaluate.run import Retrieved, evaluate_log
 from longretriever.evaluate.split import split
-from longretriever.model.config import PginConfig, TrainConfig
+from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.exported import Model
 from longretriever.retrieve.interests import Top
 from longretriever.retrieve.retriever import Retriever
@@ -33,6 +33,7 @@ TINY = TrainConfig(
     epochs=1,
     layers=1,
     dropout=0.1,
+    whole=EbrConfig(dim=16, length=16, step_samples=100, epochs=1, layers=1),
     interests=PginConfig(dim=8, recent_length=4, categories=8, step_samples=100, epochs=2),
 )
 LOG = parity_log(users=40)

@@ -9,18 +9,27 @@ import pyarrow as pa
 import pytest
 
 from longretriever.errors import UnknownUser
-from longretriever.model.baselines.ebr import EbrConfig
 from longretriever.model.baselines.mind import MindConfig
-from longretriever.model.config import TrainConfig
+from longretriever.model.baselines.ulim import UlimConfig
+from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.train import train
 from longretriever.retrieve.retriever import Retriever, index_model
 from tests.worlds import DAY, START, parity_log, stored, table
 
 SHORT = {"dim": 8, "step_samples": 100, "epochs": 2, "dropout": 0.1, "warm_start": False}
 METHODS = {
-    "longretriever": TrainConfig(**SHORT, context_length=8, recent_length=4, overlap=2, interests=None),
+    "longretriever": TrainConfig(
+        **SHORT,
+        context_length=8,
+        recent_length=4,
+        overlap=2,
+        interests=PginConfig(dim=8, epochs=1, recent_length=4, categories=4),
+        whole=EbrConfig(**SHORT, length=12),
+    ),
+    "longretriever, the paper's": TrainConfig.paper(**SHORT, context_length=8),
     "ebr": EbrConfig(**SHORT, length=12),
     "ebr, the paper's": EbrConfig.paper(**SHORT, length=6),
+    "ulim": UlimConfig(**SHORT, context_length=8, recent_length=6, interests=None),
     "mind": MindConfig(**SHORT, length=16, capsules=3),
 }
 NOW = START + 20 * DAY  # in the middle of all lives

@@ -19,7 +19,15 @@ from longretriever.model.towers import LongRetriever, export_user_tower, mixture
 from tests.worlds import random_log, stored
 
 CONFIG = TrainConfig(
-    dim=16, context_length=6, recent_length=4, overlap=2, step_samples=60, dropout=0.0, warm_start=False
+    dim=16,
+    context_length=6,
+    recent_length=4,
+    overlap=2,
+    step_samples=60,
+    dropout=0.0,
+    distance=0.0,
+    warm_start=False,
+    whole=None,
 )
 OPTIONS = {
     "all": {},

@@ -15,7 +15,7 @@ import pytest
 
 from longretriever.errors import InputError, Mismatch, NotSaved
 from longretriever.index import ExactIndex
-from longretriever.model.config import PginConfig, TrainConfig
+from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.exported import Model
 from longretriever.model.train import train
 from longretriever.retrieve.interests import Top
@@ -31,9 +31,12 @@ TINY = TrainConfig(
     overlap=2,
     step_samples=100,
     epochs=3,
+    distance=0.0,
     interests=None,
+    whole=None,
 )
 INTERESTS = PginConfig(dim=8, recent_length=4, categories=3, step_samples=200, epochs=1)
+WHOLE = EbrConfig(dim=8, length=8, step_samples=100, epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -195,18 +198,27 @@ def test_a_wrong_place_is_refused_before_training(parity):
 def test_minutes_bound_it(parity, tmp_path):
     began = time.perf_counter()
     at = train(parity, tmp_path / "model", replace(TINY, epochs=10_000, minutes=0.03, patience=10_000))
-    assert at.finished == "0.03 minutes are over"
+    assert at.finished == "1.8 seconds are over"
     assert time.perf_counter() - began < 30
     assert Model.open(tmp_path / "model").n_items == parity.n_items
 
 
-def test_minutes_bound_the_vectors_and_the_choice_of_contexts_together(parity, tmp_path):
-    endless = replace(INTERESTS, epochs=10_000, patience=10_000)
-    config = replace(TINY, epochs=10_000, minutes=0.03, patience=10_000, interests=endless)
+def test_minutes_bound_all_that_is_learned_together(parity, tmp_path):
+    endless = {"epochs": 10_000, "patience": 10_000}
+    config = replace(TINY, **endless, minutes=0.05, interests=replace(INTERESTS, **endless))
+    at = train(parity, tmp_path / "model", replace(config, whole=replace(WHOLE, **endless)))
+    ends = [at.finished, *(at.beside[name]["finished"] for name in ("whole", "interests"))]
+    parts = [float(end.removesuffix(" seconds are over")) for end in ends]
+    assert sum(parts) == pytest.approx(3, abs=0.5)
+    assert min(parts) > 0.3
+
+
+def test_time_that_is_not_needed_is_left_for_the_next(parity, tmp_path):
+    endless = {"epochs": 10_000, "patience": 10_000}
+    config = replace(TINY, epochs=1, minutes=0.05, interests=replace(INTERESTS, **endless))
     at = train(parity, tmp_path / "model", config)
-    parts = [float(f.removesuffix(" minutes are over")) for f in (at.finished, at.interests["finished"])]
-    assert sum(parts) == pytest.approx(0.03)
-    assert parts[0] > parts[1] > 0
+    assert at.finished == "1 epochs are done"
+    assert at.seconds + at.beside["interests"]["seconds"] == pytest.approx(3, abs=0.5)
 
 
 def test_nothing_to_learn_from(tmp_path):

@@ -202,6 +202,7 @@ class Mind(Learner):
             context_length=0,
             recent_length=c.length,
             samples=c.samples_of_step(self.store.n_events),
+            most=c.most,
             whole_up_to=c.whole_up_to,
             sampled_negatives=c.sampled_negatives,
         )

@@ -241,6 +241,7 @@ class Ulim(Learner):
             context_length=c.context_length,
             recent_length=c.recent_length,
             within=c.within,
+            most=c.most,
             samples=c.samples_of_step(self.store.n_events),
             whole_up_to=c.whole_category_up_to,
             sampled_negatives=c.sampled_negatives,
@@ -404,6 +405,7 @@ def log_meeting(batches: Batches, parts: int) -> np.ndarray:
     for at in range(0, n_lines, 1 << 20):
         rows = batches.rows(np.arange(at, min(at + (1 << 20), n_lines)), None)
         category = store.group_category[rows.group]
-        samples += np.bincount(category, weights=rows.samples, minlength=store.n_categories)
+        kept = rows.samples * batches.kept(rows)
+        samples += np.bincount(category, weights=kept, minlength=store.n_categories)
     of_part = batches.sampling.samples / parts
     return np.log(-np.expm1(-of_part * np.maximum(samples, 1) / max(1, samples.sum())))

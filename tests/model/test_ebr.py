@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from longretriever.errors import InputError
-from longretriever.model.baselines.ebr import EbrConfig, export_life_tower
+from longretriever.model.config import EbrConfig
+from longretriever.model.ebr import export_life_tower
 from tests.worlds import random_log, stored
 
 CONFIG = EbrConfig(dim=16, length=8, step_samples=60, dropout=0.0, warm_start=False)

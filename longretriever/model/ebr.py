@@ -15,7 +15,6 @@ U items of a step, S samples, B rows, N behaviors of a row, P profile fields, d 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longretriever.errors import InputError
 from longretriever.model.batches import Sampling, Step
-from longretriever.model.config import VectorLearning
+from longretriever.model.config import EbrConfig
 from longretriever.model.learner import Learner, write_onnx
 from longretriever.model.loss import log_likelihood
 from longretriever.model.towers import Encoder
@@ -33,35 +31,6 @@ from longretriever.store.behaviors import Store
 
 _OVERLAP = 4
 """A packed row repeats a 4th of its length from the row before it, so that few samples see a short past."""
-
-
-@dataclass(frozen=True)
-class EbrConfig(VectorLearning):
-    """The dual tower with one user vector. The defaults are the tuned form; `paper()` is the paper's."""
-
-    encoder: str = "packed"  # or "cls": the paper's, one sample a row
-    layers: int = 2
-    heads: int = 2
-    length: int = 200  # behaviors of any category that the user tower reads
-    whole_up_to: int = 8192  # items: a larger corpus competes by sample
-    sampled_negatives: int = 2048  # evenly drawn, beside the targets of the batch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.encoder not in ("packed", "cls"):
-            raise InputError(f"encoder={self.encoder!r}: expected 'packed' or 'cls'.")
-        self._positive("layers", "heads", "length")
-        if self.dim % self.heads:
-            raise InputError(f"dim={self.dim} cannot be divided among heads={self.heads}: choose a multiple.")
-
-    @classmethod
-    def paper(cls, **changes: object) -> EbrConfig:
-        """The dual tower of LongRetriever's section 3.1: in-batch negatives alone, item rows from noise."""
-        plain = {"encoder": "cls", "whole_up_to": 0, "sampled_negatives": 0, "warm_start": False}
-        return cls(**{**plain, "id_dropout": 0.0, **changes})  # type: ignore[arg-type]
-
-    def learner(self, store: Store) -> Learner:
-        return Ebr(store, self)
 
 
 class LifeTower(Encoder):
@@ -110,6 +79,7 @@ class Ebr(Learner):
             recent_length=0,
             overlap=c.length // _OVERLAP,
             samples=c.samples_of_step(self.store.n_events),
+            most=c.most,
             whole_up_to=c.whole_up_to,
             sampled_negatives=c.sampled_negatives,
         )
