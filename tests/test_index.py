@@ -109,6 +109,21 @@ def test_the_corpus_is_all_categories_together(index: Index) -> None:
         assert (item[row, START[-1] :] == -1).all()
 
 
+def test_the_corpus_without_some_categories(index: Index, exact: ExactIndex) -> None:
+    users, contexts = random_vectors(3, seed=12), np.array([CORPUS, 5, CORPUS])
+    for either in (index, exact):
+        item, cosine = either.search(users, contexts, 2000)
+        left, at = either.search(users, contexts, 2000, without=(5, 6))
+        np.testing.assert_array_equal(left[1], item[1])  # it asks for one of them by name
+        for row in (0, 2):
+            kept = (item[row] >= 0) & ~((START[5] <= item[row]) & (item[row] < START[7]))
+            np.testing.assert_array_equal(left[row, : kept.sum()], item[row][kept])
+            np.testing.assert_array_equal(at[row, : kept.sum()], cosine[row][kept])
+            assert (left[row, kept.sum() :] == -1).all()
+        none, _ = either.search(users, contexts, 10, without=range(len(SIZES)))
+        assert (none[[0, 2]] == -1).all()
+
+
 def test_contexts_may_repeat_and_there_may_be_none(index: Index, exact: ExactIndex) -> None:
     users = random_vectors(3, seed=3)
     item, _ = index.search(users, np.array([5, 5, 5]), 10)

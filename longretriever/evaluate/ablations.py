@@ -44,8 +44,8 @@ PARTS = ("systems", "paper", "ours", "ulim")
 
 
 def _plain(**changes: Any) -> TrainConfig:
-    """The paper's tower and objective, trained by the fast encoder, so that each arm sees enough samples."""
-    return TrainConfig.paper(encoder="packed", **changes)
+    """The paper's tower and objective, trained by the fast encoder on as many samples of a user as ours."""
+    return TrainConfig.paper(encoder="packed", most=TrainConfig.most, **changes)
 
 
 def _systems() -> list[Arm]:
@@ -56,9 +56,13 @@ def _systems() -> list[Arm]:
             learn=_plain(),
             interests=RandomInTop(5, 20),
         ),
-        Arm("ULIM", "A vector for each of 20 categories and one for all.", configuration("ulim")),
+        Arm("ULIM", "A vector for each of K categories and one for all.", configuration("ulim")),
         Arm("EBR", "One vector from the last 200 behaviors, tuned.", configuration("ebr")),
-        Arm("EBR, paper", "In-batch negatives alone, both directions.", EbrConfig.paper()),
+        Arm(
+            "EBR, paper",
+            "In-batch negatives alone, both directions.",
+            replace(EbrConfig.paper(), most=EbrConfig.most),
+        ),
         Arm("MIND", "Several vectors by dynamic routing.", configuration("mind")),
         Arm("ALS", "Factors of the user-item matrix, weights tuned.", rival=partial(ALS, seed=1)),
         Arm("BM25", "Nearest neighbours of items.", rival=BM25),
@@ -100,17 +104,27 @@ def _ours() -> list[Arm]:
     whole = TrainConfig()
     without: dict[str, tuple[TrainConfig, Interests | None]] = {
         "next category by Equation 3": (whole, Top(20)),
-        "50 contexts": (whole, Pgin(50)),
+        "20 contexts": (whole, Pgin(20)),
+        "without a vector of all items": (replace(whole, whole=None), None),
+        "all samples of heavy users": (_every_sample(), None),
         "without short-term vector": (replace(whole, recent_length=0), None),
         "without ages": (replace(whole, ages=False), None),
         "without returns": (replace(whole, returns=False), None),
         "without warm start": (replace(whole, warm_start=False), None),
-        "with requests at a distance": (replace(whole, distance=0.5), None),
+        "without requests at a distance": (_next_event(), None),
     }
     return [
         Arm(name, "The default but for this.", learn=config, interests=interests)
         for name, (config, interests) in without.items()
     ]
+
+
+def _every_sample() -> TrainConfig:
+    return TrainConfig(most=None, whole=EbrConfig(most=None), interests=PginConfig(most=None))
+
+
+def _next_event() -> TrainConfig:
+    return TrainConfig(distance=0.0, interests=PginConfig(distance=0.0))
 
 
 def _ulim() -> list[Arm]:

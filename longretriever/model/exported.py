@@ -117,10 +117,11 @@ class Model:
         found = [self._of_alike([requests[i] for i in part]) for part in parts]
         order = np.argsort(np.concatenate(parts))
         user, interests = (np.concatenate(x)[order] for x in list(zip(*found, strict=True))[:2])
+        parted = [f.shares for f in found if f.shares is not None]  # of each, or of none
         shares = None
-        if found[0].shares is not None:
-            widest = max(f.shares.shape[1] for f in found)
-            padded = [np.pad(f.shares, ((0, 0), (0, widest - f.shares.shape[1]))) for f in found]
+        if parted:
+            widest = max(s.shape[1] for s in parted)
+            padded = [np.pad(s, ((0, 0), (0, widest - s.shape[1]))) for s in parted]
             shares = np.concatenate(padded)[order]
         return UserVectors(user, interests, shares)
 

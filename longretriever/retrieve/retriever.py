@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +48,8 @@ class Found(NamedTuple):
     user: np.ndarray  # [D] the vector itself
 
 
-class Searched(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Searched:
     """What finds items: user vectors of the one are searched for in the other."""
 
     model: Model
@@ -105,11 +107,11 @@ class Retriever:
         """
         model = Model.open(path, verify, threads)
         behaviors = Store.open(store, verify) if store else _trained_on(model, verify)
-        searched, whole = _searched(model, index or model.path / "index", exact, verify), None
+        opened, whole = _opened(model, index or model.path / "index", exact, verify), None
         if (model.path / WHOLE).exists():
             of_all = Model.open(model.path / WHOLE, verify, threads)
-            whole = _searched(of_all, of_all.path / "index", exact, verify)
-        return cls(*searched, behaviors, whole=whole, interests=interests, merge=merge)
+            whole = Searched(of_all, _opened(of_all, of_all.path / "index", exact, verify))
+        return cls(model, opened, behaviors, whole=whole, interests=interests, merge=merge)
 
     def retrieve(
         self,
@@ -221,11 +223,11 @@ class Retriever:
         if self._of_all == self._of_contexts:
             parts = [(self._of_contexts, np.ones(len(rows), bool))]
         for searched, which in parts:
-            at = np.flatnonzero(which)
-            if len(at):
+            at = np.flatnonzero(which).tolist()
+            if at:
                 mine = [rows[i] for i in at], [shares[i] for i in at], [unwanted[i] for i in at]
                 for n, ranked in self._searched(searched, *mine, k, ruled):
-                    yield int(at[n]), ranked
+                    yield at[n], ranked
 
     def _searched(
         self,
@@ -237,7 +239,7 @@ class Retriever:
         ruled: Ruled,
     ) -> Iterator[tuple[int, Ranked]]:
         """The same of rows that one model answers: one call of its user tower, one of its index."""
-        model, index = searched
+        model, index = searched.model, searched.index
         vectors = model.user_vectors(rows)
         row_N = np.repeat(np.arange(len(rows)), vectors.interests)
         user_ND = vectors.user[np.arange(vectors.user.shape[1]) < vectors.interests[:, None]]
@@ -248,15 +250,15 @@ class Retriever:
         head_Nk = item_Nk[:, :k], cosine_Nk[:, :k]
         scale_N = np.where(context_N == CORPUS, model.corpus_scale, model.scale)
         normaliser_N = index.log_normaliser(user_ND, context_N, scale_N, *head_Nk)
-        for n, i in enumerate(row_N):
+        for n, i in enumerate(map(int, row_N)):
             head = k + len(unwanted[i])  # as many as this row alone would have fetched
             found = Found(item_Nk[n, :head], cosine_Nk[n, :head], scale_N[n], normaliser_N[n], user_ND[n])
             log_shares = None
             if vectors.shares is not None:
                 log_shares = _shared(vectors.shares[i], ruled.rules.returns)
             item, cosine, log_prob = self._probable(rows[i], found, log_shares, unwanted[i], k)
-            share = shares[int(i)] / vectors.interests[i]
-            yield int(i), Ranked(rows[i].category, share, item, cosine, log_prob)
+            share = shares[i] / vectors.interests[i]
+            yield i, Ranked(rows[i].category, share, item, cosine, log_prob)
 
     def _largest(self, context_N: np.ndarray) -> int:
         """How many items the largest of these contexts holds."""
@@ -449,16 +451,16 @@ def _with_returns(
     return np.logaddexp(log_prob, returned)
 
 
-def _searched(model: Model, index: str | os.PathLike[str], exact: bool, verify: bool) -> Searched:
+def _opened(model: Model, index: str | os.PathLike[str], exact: bool, verify: bool) -> Index | ExactIndex:
     if exact:
-        return Searched(model, ExactIndex(model.item_vectors(slice(None)), model.category_start))
+        return ExactIndex(model.item_vectors(slice(None)), model.category_start)
     opened = Index.open(index, verify)
     if opened.manifest.made_from.get("model") != model.fingerprint:
         raise Mismatch(
             f"{opened.path} was made from another model than {model.path}. "
             f"Make it again with `longretriever index {model.path}`."
         )
-    return Searched(model, opened)
+    return opened
 
 
 def _trained_on(model: Model, verify: bool) -> Store:

@@ -515,3 +515,26 @@ def test_parts_hold_the_samples_of_the_whole(store, parts, switches):
             return sorted(str({k: v for k, v in s.items() if k != "candidates"}) for s in plain)
 
         assert samples(found) == samples(whole)
+
+
+@pytest.mark.parametrize("kind", [{}, LIFE, {"packed": False}], ids=str)
+def test_of_heavy_users_an_epoch_has_some_samples(tmp_path, kind):
+    user = [0] * 600 + [1] * 20
+    log = table(
+        user, [i % 7 for i in range(620)], [i % 2 for i in range(620)], [START + i for i in range(620)]
+    )
+    store = stored(log, tmp_path / "store")
+    batches = Batches(store, Sampling(**SMALL, **kind, most=60), store.last_time)
+    assert batches.n_samples == 60 + 20
+    drawn = np.zeros(2, int)
+    for epoch in range(30):
+        for step in batches.epoch(0, epoch):
+            for rows in step:
+                drawn += np.bincount(
+                    batches.lines.user[rows.group], weights=rows.samples, minlength=2
+                ).astype(int)
+    assert drawn[1] == 20 * 30
+    assert 0.7 * 60 < drawn[0] / 30 < 1.3 * 60
+    assert list(map(repr, batches.epoch(1, 2))) == list(map(repr, batches.epoch(1, 2)))
+    held_out = batches.after(START + 100, 10_000, np.random.default_rng(0))
+    assert sum(int(rows.samples.sum()) for step in held_out for rows in step) < 150

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longretriever.errors import InputError
-from longretriever.retrieve.interests import Contexts, Interests, RandomInTop, Top
+from longretriever.retrieve.interests import Contexts, Interests, Pgin, RandomInTop, Top
 
 
 @dataclass
@@ -98,6 +99,7 @@ def test_the_floor_reaches_equation_3(interests: Interests) -> None:
         (lambda: RandomInTop(n=0), r"RandomInTop\(n=0\): expected more than 0"),
         (lambda: RandomInTop(floor=0), r"RandomInTop\(floor=0\): expected more than 0"),
         (lambda: RandomInTop(n=6, m=5), r"RandomInTop\(n=6, m=5\): n of m are drawn, expected n <= m"),
+        (lambda: Pgin(cover=0), r"Pgin\(cover=0\): expected more than 0"),
         (lambda: Top(n=-1), r"Top\(n=-1\): expected more than 0"),
         (lambda: Top(floor=float("nan")), r"Top\(floor=nan\): expected more than 0"),
     ],
@@ -105,6 +107,28 @@ def test_the_floor_reaches_equation_3(interests: Interests) -> None:
 def test_arguments_that_make_no_sense(wrong, message: str) -> None:
     with pytest.raises(InputError, match=message):
         wrong()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.integers(1, 9), st.floats(0.01, 1))
+def test_pgin_takes_the_likeliest_until_they_cover_enough(weight, k, cover) -> None:
+    probability = np.array(weight) / max(sum(weight), 1e-9)
+
+    class Trained:
+        def matching(self, store):
+            return SimpleNamespace(of_store=np.arange(len(weight)))
+
+        def probabilities(self, lives):
+            return probability[None]
+
+    pgin = Pgin(k, cover=cover)
+    pgin.__dict__["_trained"] = Trained()
+    life = SimpleNamespace(store=None, recent=lambda n: SimpleNamespace(item=[1]))
+    expected, total = [], 0.0
+    for c in sorted(range(len(weight)), key=lambda c: -probability[c])[:k]:
+        if total < cover and probability[c] > 0:
+            expected.append(c)
+        total += probability[c]
+    assert pgin.for_many([life])[0].category.tolist() == expected  # type: ignore[list-item]
 
 
 def test_any_callable_serves() -> None:

@@ -28,7 +28,7 @@ from longretriever.errors import (
 )
 from longretriever.index import CORPUS, Index, build
 from longretriever.model.checkpoint import save_model
-from longretriever.model.config import TrainConfig
+from longretriever.model.config import EbrConfig, TrainConfig
 from longretriever.model.exported import Model, Request
 from longretriever.model.train import Training, train
 from longretriever.retrieve.interests import Contexts, RandomInTop, Top
@@ -339,7 +339,9 @@ def test_a_search_of_all_items_joins_those_of_the_contexts(folder, exact):
     for user in range(0, USERS, 6):
         answer = r.retrieve(user, 1000, now=CUT)
         mine = life(OLD, user, CUT)
-        asked = [*list(shares(mine, CUT).items())[:2], (None, 1.0)]
+        chosen = list(shares(mine, CUT).items())[:2]
+        whole = r.model.whole_share
+        asked = [*chosen, (None, sum(share for _, share in chosen) * whole / (1 - whole))]
         assert [(c.category_id, c.share) for c in answer.contexts] == [
             (category, pytest.approx(share)) for category, share in asked
         ]
@@ -359,6 +361,67 @@ def test_a_search_of_all_items_joins_those_of_the_contexts(folder, exact):
         unseen = r.retrieve(user, 20, now=CUT, rules=Rules(exclude_seen=True)).item_ids
         met = {e.item for e in mine}
         assert sorted(unseen) == sorted([i for i in answer.item_ids if i not in met][:20])
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> Retriever:
+    """A model that brings another one for the vector of the user as a whole."""
+    path = tmp_path_factory.mktemp("both")
+    whole = EbrConfig(dim=8, length=12, layers=1, step_samples=200, epochs=2)
+    train(logged(OLD, path / "store"), path / "model", replace(TINY, whole=whole, whole_share=0.25))
+    index_model(path / "model")
+    return Retriever.load(path / "model", interests=Top(2))
+
+
+def test_what_the_model_brings_searches_all_items(both):
+    alone = Retriever.load(both.model.path / "whole", store=both.store.path)
+    contexts = Retriever(both.model, both.index, both.store, interests=Top(2))
+    for user in range(0, USERS, 6):
+        answer = both.retrieve(user, 1000, now=CUT)
+        *of_contexts, of_all = answer.contexts
+        assert of_all.category_id is None
+        assert of_all.share / sum(c.share for c in answer.contexts) == pytest.approx(0.25)
+        total: dict[Any, float] = defaultdict(float)
+        for part, share in ((contexts, 1.0), (alone, of_all.share)):
+            for c in part.retrieve(user, 1000, now=CUT).candidates:
+                total[c.item_id] += share * math.exp(c.score)
+        best = dict(sorted(total.items(), key=lambda pair: -pair[1])[:30])
+        found = {c.item_id: c.score for c in answer.candidates[:30]}
+        assert found == pytest.approx({i: math.log(p) for i, p in best.items()}, abs=1e-4)
+        assert [c.category_id for c in of_contexts] == [
+            c.category_id for c in contexts.retrieve(user, now=CUT).contexts
+        ]
+
+
+def test_who_has_done_nothing_asks_nothing(both):
+    answer = both.retrieve(0, now=START)
+    assert (len(answer), answer.contexts) == (0, [])
+
+
+def test_rules_hold_for_what_is_found_among_all_items(both):
+    free = both.retrieve(2, 1000, now=CUT)
+    category = free.category_ids[0]
+    assert category not in both.retrieve(2, 1000, rules=Rules(exclude_categories=[category])).category_ids
+    assert category not in both.retrieve(2, 1000, rules=Rules(quotas={category: 0})).category_ids
+    named = {c.category_id for c in free.contexts}
+    for asked in (category, next(c for c in free.category_ids if c not in named)):
+        capped = both.retrieve(2, 1000, rules=Rules(quotas={asked: 2}), now=CUT)
+        assert capped.category_ids.count(asked) == 2
+    score = {c.item_id: c.score for c in free.candidates}
+    boosted = both.retrieve(2, 1000, rules=Rules(boosts={category: 8}), now=CUT)
+    for c in boosted.candidates:
+        change = math.log(8) if c.category_id == category else 0
+        assert c.score == pytest.approx(score[c.item_id] + change, abs=1e-4)
+    met = {e.item for e in life(OLD, 2, CUT)}
+    assert not met & set(both.retrieve(2, 1000, now=CUT, rules=Rules(exclude_seen=True)).item_ids)
+
+
+def test_an_index_of_another_model_is_refused_for_all_items_too(both, folder, tmp_path):
+    shutil.copytree(both.model.path, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "whole" / "index")
+    shutil.copytree(folder / "model" / "index", tmp_path / "model" / "whole" / "index")
+    with pytest.raises(Mismatch, match=r"made from another model .*longretriever index .*whole"):
+        Retriever.load(tmp_path / "model", store=both.store.path)
 
 
 # -- training and serving
