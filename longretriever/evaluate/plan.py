@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from os import PathLike
@@ -161,6 +162,8 @@ def described(value: Any) -> Any:
 
     Raises `InputError` for what cannot be told from another by its description, such as a lambda.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no number for it
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, PathLike):

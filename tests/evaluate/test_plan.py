@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,6 +160,7 @@ def test_descriptions_tell_values_apart():
     assert len(set(told)) == len(values)
     assert described(Top(5)) == {"is": "longretriever.retrieve.interests.Top", "n": 5, "floor": 3600}
     assert described(Path("a/b")) == "a/b"
+    assert json.dumps(described([1.5, math.inf]), allow_nan=False) == '[1.5, "inf"]'
 
 
 @pytest.mark.parametrize("value", [lambda life, rng: None, [object()], {"a": iter(())}])
