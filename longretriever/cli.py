@@ -413,11 +413,11 @@ def ablations(
     as_json: Json = False,
 ) -> None:
     """Train and compare the papers' systems and their ablations; writes report.html, .md and results.json."""
-    from longretriever.evaluate.ablations import PARTS, arms
-    from longretriever.evaluate.dossier import write
-    from longretriever.evaluate.experiment import main_metric
-    from longretriever.evaluate.experiment import run as run_plan
-    from longretriever.evaluate.page import need_extra
+    from longretriever.experiment.ablations import PARTS, arms
+    from longretriever.experiment.dossier import write
+    from longretriever.experiment.page import need_extra
+    from longretriever.experiment.runs import main_metric
+    from longretriever.experiment.runs import run as run_plan
 
     need_extra()
     names = tuple(part.strip() for part in parts.split(",") if part.strip())
@@ -485,7 +485,7 @@ def leak(
     as_json: Json = False,
 ) -> None:
     """Does a model trained on mixed batches win them by taste, or by the category alone?"""
-    from longretriever.evaluate.leak import leak_log, table
+    from longretriever.experiment.leak import leak_log, table
 
     _training()
     with training_bar() as trained:

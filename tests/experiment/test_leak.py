@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from longretriever.errors import InputError
-from longretriever.evaluate.leak import leak_log, measure, table
 from longretriever.evaluate.split import LiveRequests
+from longretriever.experiment.leak import leak_log, measure, table
 from longretriever.store.behaviors import Store
 from tests.worlds import START, parity_log, stored
 

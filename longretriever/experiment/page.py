@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from longretriever.errors import MissingExtra
-from longretriever.evaluate.plots import GLYPHS
+from longretriever.experiment.plots import GLYPHS
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from longretriever.errors import InputError
-from longretriever.evaluate.plan import Arm, Plan, described
 from longretriever.evaluate.rivals import Popular, Recent
+from longretriever.experiment.plan import Arm, Plan, described
 from longretriever.retrieve import merge
 from longretriever.retrieve.interests import RandomInTop, Top
 
@@ -113,7 +113,7 @@ def test_what_decides_the_requests_is_in_the_name_of_the_run_alone(changes, log)
 
 def test_another_version_of_the_package_repeats_everything(monkeypatch):
     before = names(PLAN)
-    monkeypatch.setattr("longretriever.evaluate.plan.package_version", lambda: "99")
+    monkeypatch.setattr("longretriever.experiment.plan.package_version", lambda: "99")
     assert not names(PLAN) & before
 
 

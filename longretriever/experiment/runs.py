@@ -30,12 +30,12 @@ import numpy as np
 
 from longretriever.errors import InputError, LongRetrieverError, SavedError
 from longretriever.evaluate import metrics
-from longretriever.evaluate.apart import learn_apart
-from longretriever.evaluate.plan import Arm, Plan, Run, described
 from longretriever.evaluate.report import SHORT, Values, evaluate, measure_batch, measure_live, summary
 from longretriever.evaluate.rivals import Recommender
 from longretriever.evaluate.run import Retrieved, counted, read_split, store_of
 from longretriever.evaluate.split import Split
+from longretriever.experiment.apart import learn_apart
+from longretriever.experiment.plan import Arm, Plan, Run, described
 from longretriever.model.config import need_torch
 from longretriever.retrieve.retriever import Retriever
 from longretriever.saved import beside, package_version, sync

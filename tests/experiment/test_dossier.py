@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from longretriever.errors import MissingExtra
-from longretriever.evaluate import dossier, page
-from longretriever.evaluate.experiment import PARTS
-from tests.evaluate.test_page import Page, check_it_loads_nothing
+from longretriever.experiment import dossier, page
+from longretriever.experiment.runs import PARTS
+from tests.experiment.test_page import Page, check_it_loads_nothing
 
 FIGURES = {
     "live": ["recall@10", "recall@50", "recall@200", "recall@500", "mrr"],

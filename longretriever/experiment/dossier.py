@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longretriever.evaluate import page, plots
-from longretriever.evaluate.experiment import PARTS, SURE, exchanges, is_accuracy, main_metric, write_whole
-from longretriever.evaluate.page import Block, Cell, Code, Plots, Points, Section, Table, Text
 from longretriever.evaluate.report import SHORT
+from longretriever.experiment import page, plots
+from longretriever.experiment.page import Block, Cell, Code, Plots, Points, Section, Table, Text
+from longretriever.experiment.runs import PARTS, SURE, exchanges, is_accuracy, main_metric, write_whole
 
 Result = Mapping[str, Any]
 Part = tuple[str, str]

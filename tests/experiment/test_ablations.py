@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import pytest
 
 from longretriever import EbrConfig, MindConfig, PginConfig, RandomInTop, Top, TrainConfig, UlimConfig
-from longretriever.evaluate.ablations import OURS, PAPER, PARTS, RECENT_BEHAVIORS, arms
-from longretriever.evaluate.plan import Plan
+from longretriever.experiment.ablations import OURS, PAPER, PARTS, RECENT_BEHAVIORS, arms
+from longretriever.experiment.plan import Plan
 
 
 def named() -> dict:

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from longretriever.errors import InputError, LongRetrieverError, NotSaved
-from longretriever.evaluate import experiment, metrics
-from longretriever.evaluate.experiment import PARTS, Arm, exchanges, main_metric, run
+from longretriever.evaluate import metrics
 from longretriever.evaluate.report import evaluate
 from longretriever.evaluate.rivals import Lists, Recent
 from longretriever.evaluate.split import split
+from longretriever.experiment import runs
+from longretriever.experiment.runs import PARTS, Arm, exchanges, main_metric, run
 from longretriever.model.config import TrainConfig
 from longretriever.retrieve import merge
 from longretriever.retrieve.interests import Top
@@ -123,10 +124,10 @@ def stand_ins(tmp_path_factory) -> Callable[[pytest.MonkeyPatch], None]:
         return read[id(events)]
 
     def put(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(experiment, "read_split", read_split)
-        patch.setattr(experiment, "store_of", lambda part, path, stores, reading: stores[part.num_rows])
-        patch.setattr(experiment, "Retriever", Model)
-        patch.setattr(experiment, "Retrieved", answering)
+        patch.setattr(runs, "read_split", read_split)
+        patch.setattr(runs, "store_of", lambda part, path, stores, reading: stores[part.num_rows])
+        patch.setattr(runs, "Retriever", Model)
+        patch.setattr(runs, "Retrieved", answering)
         patch.setattr(metrics, "interval", partial(metrics.interval, resamples=50))
 
     return put
@@ -305,7 +306,7 @@ def test_values_of_other_requests_are_not_taken_for_these(tmp_path, learning):
     facts = json.loads(a.read_text())
     with np.load(a.with_suffix(".npz")) as arrays:
         np.savez(a.with_suffix(".npz"), **{name: value[:-1] for name, value in arrays.items()})
-    sha = experiment.hashlib.sha256(a.with_suffix(".npz").read_bytes()).hexdigest()
+    sha = runs.hashlib.sha256(a.with_suffix(".npz").read_bytes()).hexdigest()
     a.write_text(json.dumps({**facts, "values_sha256": sha}))
     said: list[str] = []
     go(tmp_path, learning, said=said.append)
@@ -451,7 +452,7 @@ def test_comparisons_by_the_main_figure_are_corrected_among_themselves(result):
 
 def test_the_correction_cannot_hide_the_largest_difference():
     for tests in (1, 20, 400):
-        assert tests / (exchanges(tests) + 1) < experiment.SURE
+        assert tests / (exchanges(tests) + 1) < runs.SURE
 
 
 def test_one_arm_and_one_seed_make_an_experiment_too(tmp_path, learning):

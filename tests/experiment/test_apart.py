@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longretriever.errors import LongRetrieverError
-from longretriever.evaluate.apart import Broken, _ended, learn_apart, peak_memory
+from longretriever.experiment.apart import Broken, _ended, learn_apart, peak_memory
 from longretriever.model.config import TrainConfig
 from tests.worlds import parity_log, stored
 

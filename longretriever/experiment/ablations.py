@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from longretriever.evaluate.collaborative import ALS, BM25
-from longretriever.evaluate.plan import Arm
 from longretriever.evaluate.rivals import Popular, PopularInContext, Recent
+from longretriever.experiment.plan import Arm
 from longretriever.model.config import EbrConfig, PginConfig, TrainConfig, configuration, need_torch
 from longretriever.retrieve.interests import Interests, Pgin, RandomInTop, Top
 from longretriever.retrieve.merge import quota

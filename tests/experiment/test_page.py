@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from longretriever.errors import MissingExtra
-from longretriever.evaluate import page, plots
-from longretriever.evaluate.page import Cell, Code, Plots, Points, Section, Table, Text
+from longretriever.experiment import page, plots
+from longretriever.experiment.page import Cell, Code, Plots, Points, Section, Table, Text
 
 ODD = '<b>"odd" & |*_ $x$ [name](http://x)</b>'
 VOID = {"meta", "link", "img", "br", "hr", "input", "use", "path", "rect", "circle", "line"}
