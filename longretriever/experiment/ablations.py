@@ -48,14 +48,14 @@ def _plain(**changes: Any) -> TrainConfig:
     return TrainConfig.paper(encoder="packed", most=TrainConfig.most, **changes)
 
 
+def _papers() -> Arm:
+    about = "The paper's tower and Random 5 in Top 20, with our fast encoder."
+    return Arm(PAPER, about, learn=_plain(), interests=RandomInTop(5, 20))
+
+
 def _systems() -> list[Arm]:
     return [
-        Arm(
-            PAPER,
-            "The paper's tower and Random 5 in Top 20, with our fast encoder.",
-            learn=_plain(),
-            interests=RandomInTop(5, 20),
-        ),
+        _papers(),
         Arm("ULIM", "A vector for each of K categories and one for all.", configuration("ulim")),
         Arm("EBR", "One vector from the last 200 behaviors, tuned.", configuration("ebr")),
         Arm(
@@ -75,12 +75,7 @@ def _systems() -> list[Arm]:
 def _paper() -> list[Arm]:
     plain = partial(Arm, against=PAPER)
     return [
-        Arm(
-            PAPER,
-            "The paper's tower and Random 5 in Top 20, with our fast encoder.",
-            learn=_plain(),
-            interests=RandomInTop(5, 20),
-        ),
+        _papers(),
         plain("Top 5", "Table 3: always the five best contexts.", learn=_plain(), interests=Top(5)),
         plain("Top 20", "All of the top 20.", learn=_plain(), interests=Top(20)),
         plain(
@@ -108,6 +103,7 @@ def _ours() -> list[Arm]:
         "without a vector of all items": (replace(whole, whole=None), None),
         "all samples of heavy users": (_every_sample(), None),
         "without short-term vector": (replace(whole, recent_length=0), None),
+        "without means of behaviors": (_no_bag(), None),
         "without ages": (replace(whole, ages=False), None),
         "without returns": (replace(whole, returns=False), None),
         "without warm start": (replace(whole, warm_start=False), None),
@@ -125,6 +121,10 @@ def _every_sample() -> TrainConfig:
 
 def _next_event() -> TrainConfig:
     return TrainConfig(distance=0.0, interests=PginConfig(distance=0.0))
+
+
+def _no_bag() -> TrainConfig:
+    return TrainConfig(bag=False, whole=EbrConfig(bag=False))
 
 
 def _ulim() -> list[Arm]:

@@ -124,6 +124,7 @@ class EbrConfig(VectorLearning):
     layers: int = 2
     heads: int = 2
     length: int = 200  # behaviors of any category that the user tower reads
+    bag: bool = True  # their mean is read beside the transformer's state
     whole_up_to: int = 8192  # items: a larger corpus competes by sample
     sampled_negatives: int = 2048  # evenly drawn, beside the targets of the batch
 
@@ -139,7 +140,7 @@ class EbrConfig(VectorLearning):
     def paper(cls, **changes: object) -> EbrConfig:
         """The dual tower of LongRetriever's section 3.1: in-batch negatives alone, item rows from noise."""
         plain = {"encoder": "cls", "whole_up_to": 0, "sampled_negatives": 0, "warm_start": False}
-        plain |= {"id_dropout": 0.0, "most": None}
+        plain |= {"id_dropout": 0.0, "bag": False, "most": None}
         return cls(**{**plain, **changes})  # type: ignore[arg-type]
 
     def learner(self, store: Store) -> Learner:
@@ -156,6 +157,7 @@ class TrainConfig(VectorLearning):
     layers: int = 2
     heads: int = 2
     context_length: int = 50  # L: behaviors of a context that the user tower reads
+    bag: bool = True  # their mean is read beside the transformer's state
     recent_length: int = 20  # last behaviors of any category that it also looks at; 0: none
     life_sample: int = 0  # and so many of what is older, spread evenly over the life
     within: int | None = None  # only the user's last so many behaviors are looked at; None: the whole life
@@ -195,7 +197,8 @@ class TrainConfig(VectorLearning):
     def paper(cls, **changes: object) -> TrainConfig:
         """The user tower and the objective of LongRetriever's sections 2.2 and 2.3, and nothing beside."""
         plain = {"encoder": "cls", "recent_length": 0, "ages": False, "returns": False, "warm_start": False}
-        plain |= {"id_dropout": 0.0, "distance": 0.0, "whole": None, "most": None, "interests": None}
+        plain |= {"id_dropout": 0.0, "bag": False, "distance": 0.0, "whole": None, "most": None}
+        plain |= {"interests": None}
         return cls(**{**plain, **changes})  # type: ignore[arg-type]
 
     def learner(self, store: Store) -> Learner:

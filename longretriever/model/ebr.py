@@ -39,15 +39,19 @@ class LifeTower(Encoder):
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
         dim = len(self.cls)
-        self.mix = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        read = 1 + (self.bag_norm is not None)
+        self.mix = nn.Sequential(nn.Linear(read * dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def head(self, state_Sd: Tensor) -> Tensor:
-        """[S, d] user vectors of states."""
-        return F.normalize(state_Sd + self.mix(state_Sd), dim=-1)
+    def head(self, state_Sd: Tensor, bag_Sd: Tensor | None) -> Tensor:
+        """[S, d] user vectors of states, and of the means of the behaviors that they know."""
+        if bag_Sd is None:
+            return F.normalize(state_Sd + self.mix(state_Sd), dim=-1)
+        return F.normalize(state_Sd + bag_Sd + self.mix(torch.cat([state_Sd, bag_Sd], dim=-1)), dim=-1)
 
     def forward(self, behavior_BNd: Tensor, kind_BN: Tensor, length_B: Tensor, profile_BP: Tensor) -> Tensor:
         """[B, d] one user vector for each row: what serving asks, and the reference for `packed`."""
-        return self.head(self.last(behavior_BNd, kind_BN, length_B, profile_BP)[1])
+        state_Bd = self.last(behavior_BNd, kind_BN, length_B, profile_BP)[1]
+        return self.head(state_Bd, self.bag(behavior_BNd, length_B))
 
 
 class Ebr(Learner):
@@ -67,6 +71,7 @@ class Ebr(Learner):
             profile_sizes=[field.size for field in store.profile_fields],
             causal=config.encoder == "packed",
             dropout=config.dropout,
+            bag=config.bag,
         )
 
     def sampling(self) -> Sampling:
@@ -90,7 +95,8 @@ class Ebr(Learner):
         """[S, d] user vectors of a step's samples and [U, d] item vectors of its items."""
         token_Ud = self.tokens(rows_Ud, step, generator)
         states_Td = self.user.of_step(token_Ud, step, generator)
-        return self.user.head(states_Td[torch.from_numpy(step.state)]), F.normalize(token_Ud, dim=-1)
+        state_Sd = states_Td[torch.from_numpy(step.state)]
+        return self.user.head(state_Sd, self.user.bags_of_step(token_Ud, step)), F.normalize(token_Ud, dim=-1)
 
     def loss(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
         user_Sd, item_Ud = self(rows_Ud, step, generator)

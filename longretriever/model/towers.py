@@ -92,6 +92,7 @@ class Encoder(nn.Module):
         profile_sizes: Sequence[int],
         causal: bool,
         dropout: float,
+        bag: bool = False,
     ) -> None:
         super().__init__()
         self.causal, self.prefix = causal, 1 + len(profile_sizes)
@@ -101,6 +102,7 @@ class Encoder(nn.Module):
         self.token_type = nn.Embedding(self.prefix + kinds, dim)  # CLS, each profile field, each kind
         self.blocks = nn.ModuleList([Block(dim, heads, dropout) for _ in range(layers)])
         self.norm, self.dropout = nn.LayerNorm(dim), dropout
+        self.bag_norm = nn.LayerNorm(dim) if bag else None
         for table in (self.cls, self.position, self.token_type.weight):
             nn.init.normal_(table, std=0.02)
 
@@ -147,6 +149,26 @@ class Encoder(nn.Module):
         ]
         return self.states(rows, [torch.from_numpy(b.length) for b in step.buckets], generator)
 
+    def bags_of_step(self, token_Ud: Tensor, step: Step) -> Tensor | None:
+        """[S, d] the mean of the behaviors that each sample's state knows; None for a tower without bags."""
+        if self.bag_norm is None:
+            return None
+        normed_Ud, means = self.bag_norm(token_Ud), []
+        for b in step.buckets:
+            x_BNd = F.embedding(torch.from_numpy(b.item).long(), normed_Ud)
+            if self.causal:  # the state after n behaviors knows n of them, that of CLS and profile none
+                mean_BNd = x_BNd.cumsum(1) / torch.arange(1, x_BNd.shape[1] + 1)[:, None]
+                mean_BMd = F.pad(mean_BNd, (0, 0, self.prefix, 0))
+            else:
+                mean_Bd = _mean(x_BNd, torch.from_numpy(b.length))
+                mean_BMd = mean_Bd[:, None].expand(-1, self.prefix + x_BNd.shape[1], -1)
+            means.append(mean_BMd.flatten(0, 1))
+        return torch.cat(means)[torch.from_numpy(step.state)]
+
+    def bag(self, behavior_BNd: Tensor, length_B: Tensor) -> Tensor | None:
+        """[B, d] the same of rows of one shape."""
+        return None if self.bag_norm is None else _mean(self.bag_norm(behavior_BNd), length_B)
+
     def last(
         self, behavior_BNd: Tensor, kind_BN: Tensor, length_B: Tensor, profile_BP: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -156,6 +178,12 @@ class Encoder(nn.Module):
         state_BMd = self.states([x_BMd], [length_B]).view(B, M, d)
         slot_B = length_B + (self.prefix - 1) if self.causal else torch.zeros_like(length_B)
         return state_BMd, state_BMd.gather(1, slot_B[:, None, None].expand(B, 1, d))[:, 0]
+
+
+def _mean(x_BNd: Tensor, length_B: Tensor) -> Tensor:
+    """[B, d] of the first `length_B` of each row; 0 of none."""
+    known_BN = torch.arange(x_BNd.shape[1], device=length_B.device) < length_B[:, None]
+    return (x_BNd * known_BN[:, :, None]).sum(1) / length_B.clamp(min=1)[:, None]
 
 
 class UserTower(Encoder):
@@ -173,6 +201,7 @@ class UserTower(Encoder):
         profile_sizes: Sequence[int],
         causal: bool,
         dropout: float,
+        bag: bool = False,
         ages: bool = False,
         returns: bool = False,
     ) -> None:
@@ -185,6 +214,7 @@ class UserTower(Encoder):
             profile_sizes=profile_sizes,
             causal=causal,
             dropout=dropout,
+            bag=bag,
         )
         self.recent_length = recent_length
         if recent_length:
@@ -192,7 +222,7 @@ class UserTower(Encoder):
             self.context_query = nn.Linear(dim, dim)
             self.recent_key = nn.Linear(dim, dim, bias=False)
             self.recent_value = nn.Linear(dim, dim)
-        read = 1 + bool(recent_length) + (bool(recent_length) or ages)
+        read = 1 + bag + bool(recent_length) + (bool(recent_length) or ages)
         self.mix = nn.Sequential(nn.Linear(read * dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.since = nn.ModuleList([nn.Embedding(AGES, dim) for _ in range(2)]) if ages else None
         self.pointer = Pointer(dim, context_length) if returns else None
@@ -200,6 +230,7 @@ class UserTower(Encoder):
     def head(
         self,
         state_Sd: Tensor,
+        bag_Sd: Tensor | None,
         context_Sd: Tensor,
         since_S2: Tensor,
         recent_SRd: Tensor,
@@ -217,6 +248,9 @@ class UserTower(Encoder):
             read.append(self._pooled(state_Sd + self.context_query(context_Sd), recent_SRd, recent_count_S))
         if self.recent_length or self.since is not None:
             read.append(context_Sd)
+        if bag_Sd is not None:
+            read.append(bag_Sd)
+            state_Sd = state_Sd + bag_Sd
         return state_Sd + self.mix(torch.cat(read, dim=-1))
 
     def _pooled(self, query_Sd: Tensor, recent_SRd: Tensor, recent_count_S: Tensor) -> Tensor:
@@ -249,7 +283,8 @@ class UserTower(Encoder):
         each behavior's item (see `Pointer`).
         """
         state_BMd, state_Bd = self.last(behavior_BNd, kind_BN, length_B, profile_BP)
-        hidden_Bd = self.head(state_Bd, context_Bd, since_B2, recent_BRd, recent_count_B)
+        bag_Bd = self.bag(behavior_BNd, length_B)
+        hidden_Bd = self.head(state_Bd, bag_Bd, context_Bd, since_B2, recent_BRd, recent_count_B)
         user_Bd = F.normalize(hidden_Bd, dim=-1)
         if self.pointer is None:
             return (user_Bd,)
@@ -311,6 +346,7 @@ class LongRetriever(Learner):
             profile_sizes=[field.size for field in store.profile_fields],
             causal=config.encoder == "packed",
             dropout=config.dropout,
+            bag=config.bag,
             ages=config.ages,
             returns=config.returns,
         )
@@ -324,6 +360,7 @@ class LongRetriever(Learner):
         states = self.user.of_step(token_Ud, step, generator)
         hidden_Sd = self.user.head(
             states[torch.from_numpy(step.state)],
+            self.user.bags_of_step(token_Ud, step),
             self.item.category(torch.from_numpy(step.category)),
             torch.from_numpy(step.since),
             self.recent(token_Ud, step),

@@ -49,8 +49,16 @@ def test_the_papers_ablations_differ_from_the_papers_system_in_one_thing():
 def test_of_what_we_added_one_thing_is_left_out_at_a_time():
     plain = TrainConfig()
     for arm in arms(("ours",))[1:]:
-        changed = [f.name for f in fields(plain) if getattr(arm.learn, f.name) != getattr(plain, f.name)]
-        assert len(changed) + (arm.interests is not None) == 1, arm.name
+        changed = changes(arm.learn, plain)
+        for beside in ("whole", "interests"):
+            if getattr(arm.learn, beside) is not None:
+                changed |= changes(getattr(arm.learn, beside), getattr(plain, beside))
+                changed -= {beside}
+        assert len(changed) + (arm.interests is not None) == 1, (arm.name, changed)
+
+
+def changes(one, other) -> set[str]:
+    return {field.name for field in fields(one) if getattr(one, field.name) != getattr(other, field.name)}
 
 
 def test_ulims_own_ablations():
