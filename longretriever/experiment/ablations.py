@@ -19,6 +19,8 @@ from longretriever.retrieve.merge import quota
 
 OURS = "LongRetriever"
 PAPER = "LongRetriever, paper"
+SAMPLES: dict[str, Any] = {"most": TrainConfig.most, "half_life": TrainConfig.half_life}
+"""Which samples are learned from: a choice of ours, which the papers' systems get as well."""
 RECENT_BEHAVIORS = 200
 """What "without long sequence" still sees: as many as the paper's EBR."""
 
@@ -44,8 +46,8 @@ PARTS = ("systems", "paper", "ours", "ulim")
 
 
 def _plain(**changes: Any) -> TrainConfig:
-    """The paper's tower and objective, trained by the fast encoder on as many samples of a user as ours."""
-    return TrainConfig.paper(encoder="packed", most=TrainConfig.most, **changes)
+    """The paper's tower and objective, trained by the fast encoder on the same samples as ours."""
+    return TrainConfig.paper(encoder="packed", **SAMPLES, **changes)
 
 
 def _papers() -> Arm:
@@ -61,7 +63,7 @@ def _systems() -> list[Arm]:
         Arm(
             "EBR, paper",
             "In-batch negatives alone, both directions.",
-            replace(EbrConfig.paper(), most=EbrConfig.most),
+            EbrConfig.paper(**SAMPLES),
         ),
         Arm("MIND", "Several vectors by dynamic routing.", configuration("mind")),
         Arm("ALS", "Factors of the user-item matrix, weights tuned.", rival=partial(ALS, seed=1)),

@@ -26,6 +26,7 @@ import numpy as np
 
 from longretriever.errors import InputError
 from longretriever.model.age import age_class
+from longretriever.model.fading import weight
 from longretriever.store.behaviors import Store, spread
 
 _BLOCK = 16  # groups that stay together in the shuffle: they lie side by side on disk
@@ -150,6 +151,7 @@ class Sampling:
     life_sample: int = 0  # of the R: behaviors spread evenly over what is older than the others
     within: int | None = None  # look back on the user's last so many behaviors only
     most: int | None = None  # samples of a user in an epoch, about; None: all
+    half_life: float = 0.0  # days in which the chance of a row to be in an epoch halves; 0: none fades
     distance: float = 0.0  # share of samples that are asked for earlier than just before the event
     returns: bool = False  # list what each state knows, for a model that points back at it
     overlap: int = 8  # behaviors of context that a packed row repeats from the row before it
@@ -291,7 +293,7 @@ class Batches:
 
     @cached_property
     def n_samples(self) -> int:
-        """Of one epoch; with `most`, about."""
+        """Of one epoch; with `most` or `half_life`, about."""
         n_lines, total = len(self.lines.start) - 1, 0.0
         for at in range(0, n_lines, 1 << 20):
             rows = self.rows(np.arange(at, min(at + (1 << 20), n_lines)), None)
@@ -299,15 +301,21 @@ class Batches:
         return round(total)
 
     def kept(self, rows: Rows) -> np.ndarray:
-        """The share of rows like each that an epoch keeps, so that a few users do not outweigh all others."""
-        if self.sampling.most is None:
-            return np.ones(len(rows.group))
-        store, user = self.store, self.lines.user[rows.group]
-        size = store.group_start[store.user_group[user + 1]] - store.group_start[store.user_group[user]]
-        return np.minimum(1.0, self.sampling.most / np.maximum(size, 1))
+        """The share of rows like each that an epoch keeps, so that a few users do not outweigh all others.
+
+        Where a log fades, a row counts by the time of its last event.
+        """
+        s, store, user = self.sampling, self.store, self.lines.user[rows.group]
+        share = np.ones(len(rows.group))
+        if s.most is not None:
+            size = store.group_start[store.user_group[user + 1]] - store.group_start[store.user_group[user]]
+            share = np.minimum(1.0, s.most / np.maximum(size, 1))
+        if s.half_life:
+            share *= weight(self.lines[np.maximum(rows.stop - 1, 0)], self.until, s.half_life)
+        return share
 
     def _thinned(self, rows: Rows, rng: np.random.Generator) -> Rows:
-        """In random order, without those that `most` leaves out."""
+        """In random order, without those that `most` and `half_life` leave out."""
         rows = rows.take(rng.permutation(len(rows.group)))
         return rows.take(rng.random(len(rows.group)) < self.kept(rows))
 

@@ -25,6 +25,7 @@ class Learning:
     minutes: float | None = None  # wall time at most; the rate falls to its end within it
     samples: int | None = None  # to learn from at most
     most: int | None = 200  # samples of a user in an epoch, about, so that a few do not outweigh all others
+    half_life: float | None = None  # days in which an event's weight halves; 0: none fades; None: by the log
     patience: int = 2  # epochs without a better validation loss before training stops
     validation: float = 0.02  # newest part of the events, held out
     lr: float = 2e-3
@@ -47,6 +48,10 @@ class Learning:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: expected 1 or more, or None {otherwise}.")
+        if self.half_life is not None and not 0 <= self.half_life < float("inf"):
+            raise InputError(
+                f"half_life={self.half_life}: expected days, 0 where nothing fades, or None to suit the log."
+            )
         if not 0 <= self.validation < 0.5:
             raise InputError(f"validation={self.validation}: expected a share in [0, 0.5).")
         if not 0 <= self.dropout < 1:
@@ -140,7 +145,7 @@ class EbrConfig(VectorLearning):
     def paper(cls, **changes: object) -> EbrConfig:
         """The dual tower of LongRetriever's section 3.1: in-batch negatives alone, item rows from noise."""
         plain = {"encoder": "cls", "whole_up_to": 0, "sampled_negatives": 0, "warm_start": False}
-        plain |= {"id_dropout": 0.0, "bag": False, "most": None}
+        plain |= {"id_dropout": 0.0, "bag": False, "most": None, "half_life": 0.0}
         return cls(**{**plain, **changes})  # type: ignore[arg-type]
 
     def learner(self, store: Store) -> Learner:
@@ -198,7 +203,7 @@ class TrainConfig(VectorLearning):
         """The user tower and the objective of LongRetriever's sections 2.2 and 2.3, and nothing beside."""
         plain = {"encoder": "cls", "recent_length": 0, "ages": False, "returns": False, "warm_start": False}
         plain |= {"id_dropout": 0.0, "bag": False, "distance": 0.0, "whole": None, "most": None}
-        plain |= {"interests": None}
+        plain |= {"half_life": 0.0, "interests": None}
         return cls(**{**plain, **changes})  # type: ignore[arg-type]
 
     def learner(self, store: Store) -> Learner:
@@ -216,6 +221,7 @@ class TrainConfig(VectorLearning):
             life_sample=self.life_sample,
             within=self.within,
             most=self.most,
+            half_life=self.half_life or 0.0,
             distance=self.distance,
             returns=self.returns,
             overlap=min(self.overlap, self.context_length),

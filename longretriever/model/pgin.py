@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from longretriever.model.age import AGES
 from longretriever.model.config import PginConfig
+from longretriever.model.fading import weight
 from longretriever.model.history import FEATURES, GENERAL, Histories, histories
 from longretriever.model.learner import ItemRows, code_tables, drop, write_onnx
 from longretriever.saved import Folder
@@ -158,22 +159,27 @@ class Lessons:
     @cached_property
     def n_samples(self) -> int:
         """Of one epoch, about."""
-        return round(float((np.diff(self.user_start) * self._kept(np.diff(self.user_start))).sum()))
+        return round(sum(float(share.sum()) for _, share in self._kept()))
 
-    def _kept(self, size: np.ndarray) -> np.ndarray:
-        """The share of the events of users of so many that an epoch draws."""
-        return np.minimum(1.0, (self.config.most or np.inf) / np.maximum(size, 1))
+    def _kept(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The share of events like each that an epoch draws, in parts, since the log may exceed memory.
+
+        With the position of the first of each part.
+        """
+        c, size = self.config, np.diff(self.user_start)
+        for at in range(0, len(size), 1 << 16):
+            of_user = np.minimum(1.0, (c.most or np.inf) / np.maximum(size[at : at + (1 << 16)], 1))
+            share = np.repeat(of_user, size[at : at + (1 << 16)])
+            first = int(self.user_start[at])
+            if c.half_life:
+                row = np.asarray(self.store.time_order[first : first + len(share)], np.int64)
+                share *= weight(self.store.event_time[row], self.until, c.half_life)
+            yield first, share
 
     def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
         """Steps of positions in `Store.time_order`; the order depends on (seed, epoch) alone."""
         rng = np.random.default_rng([seed, epoch])
-        size = np.diff(self.user_start)
-        chosen = []
-        for at in range(0, len(size), 1 << 16):  # users: the log may exceed memory
-            part = slice(at, at + (1 << 16))
-            first = int(self.user_start[part.start])
-            share = np.repeat(self._kept(size[part]), size[part])
-            chosen.append(first + np.flatnonzero(rng.random(len(share)) < share))
+        chosen = [first + np.flatnonzero(rng.random(len(share)) < share) for first, share in self._kept()]
         return self._steps(rng.permutation(np.concatenate(chosen)))
 
     def after(self, when: int, limit: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from longretriever.errors import InputError
 from longretriever.model.checkpoint import load_state, save_model, save_state
 from longretriever.model.config import Learning, TrainConfig
+from longretriever.model.fading import DAY, half_life
 from longretriever.model.learner import ItemRows, Lesson, Lessons
 from longretriever.saved import check_replaceable, opening
 from longretriever.store.behaviors import Store
@@ -83,8 +84,10 @@ class Training:
     """Weights, optimizers and position of one run; `train` is the function to call."""
 
     def __init__(self, store: Store, config: Learning, threads: int | None = None) -> None:
+        if config.half_life is None:
+            config = replace(config, half_life=half_life(store))
         self.store, self.config, self.at = store, config, Position()
-        self.boundary = _boundary(store, config.validation)
+        self.boundary = _boundary(store, config)
         torch.manual_seed(config.seed)
         self.learner = config.learner(store)
         self.batches = self.learner.batches(self.boundary)
@@ -286,6 +289,8 @@ def _learn_beside(
         left = (1 - sum(SHARES[n] for n in _beside(whole) if n not in run.at.beside)) * whole.minutes
         minutes = whole.minutes * SHARES[name] + max(0.0, left - run.at.all_seconds / 60)
     config = replace(config, seed=whole.seed, minutes=minutes, samples=config.samples or whole.samples)
+    if config.half_life is None:
+        config = replace(config, half_life=whole.half_life)
     at = train(run.store, path, config, progress=say, checkpoint_seconds=checkpoint_seconds, threads=threads)
     run.at.beside[name] = asdict(at)
     return path
@@ -310,12 +315,17 @@ def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _boundary(store: Store, validation: float) -> int:
-    """The time after which the newest `validation` part of the events lies (of a sample, if many)."""
-    if validation == 0:
+def _boundary(store: Store, config: Learning) -> int:
+    """The time after which the newest `validation` part of the events lies (of a sample, if many).
+
+    None lies there where they fade so fast that this part is much of what there is to learn.
+    """
+    if config.validation == 0:
         return int(store.last_time)
     stride = max(1, store.n_events // 2_000_000)
-    return int(np.quantile(store.event_time[::stride], 1 - validation, method="lower"))
+    boundary = int(np.quantile(store.event_time[::stride], 1 - config.validation, method="lower"))
+    fades = config.half_life and store.last_time - boundary > config.half_life * DAY / 2
+    return int(store.last_time) if fades else boundary
 
 
 def _read_ahead(
