@@ -26,7 +26,7 @@ import numpy as np
 
 from longretriever.errors import InputError
 from longretriever.model.age import age_class
-from longretriever.model.fading import weight
+from longretriever.model.fading import DAY, weight
 from longretriever.store.behaviors import Store, spread
 
 _BLOCK = 16  # groups that stay together in the shuffle: they lie side by side on disk
@@ -151,7 +151,7 @@ class Sampling:
     life_sample: int = 0  # of the R: behaviors spread evenly over what is older than the others
     within: int | None = None  # look back on the user's last so many behaviors only
     most: int | None = None  # samples of a user in an epoch, about; None: all
-    half_life: float = 0.0  # days in which the chance of a row to be in an epoch halves; 0: none fades
+    half_life: float = 0.0  # days in which the chance of an event to be in an epoch halves; 0: none fades
     distance: float = 0.0  # share of samples that are asked for earlier than just before the event
     returns: bool = False  # list what each state knows, for a model that points back at it
     overlap: int = 8  # behaviors of context that a packed row repeats from the row before it
@@ -297,27 +297,39 @@ class Batches:
         n_lines, total = len(self.lines.start) - 1, 0.0
         for at in range(0, n_lines, 1 << 20):
             rows = self.rows(np.arange(at, min(at + (1 << 20), n_lines)), None)
-            total += float((rows.samples * self.kept(rows)).sum())
+            total += float(self.expected(rows).sum())
         return round(total)
 
-    def kept(self, rows: Rows) -> np.ndarray:
-        """The share of rows like each that an epoch keeps, so that a few users do not outweigh all others.
+    def expected(self, rows: Rows) -> np.ndarray:
+        """[n] how many samples of each row an epoch keeps, on average."""
+        if not self.sampling.half_life:
+            return rows.samples * self._of_heavy(rows)
+        owner, within = _each(rows.samples)
+        kept = weight(self.lines[rows.first[owner] + within], self.until, self.sampling.half_life)
+        return np.bincount(owner, kept, minlength=len(rows.group)) * self._of_heavy(rows)
 
-        Where a log fades, a row counts by the time of its last event.
-        """
-        s, store, user = self.sampling, self.store, self.lines.user[rows.group]
-        share = np.ones(len(rows.group))
-        if s.most is not None:
-            size = store.group_start[store.user_group[user + 1]] - store.group_start[store.user_group[user]]
-            share = np.minimum(1.0, s.most / np.maximum(size, 1))
-        if s.half_life:
-            share *= weight(self.lines[np.maximum(rows.stop - 1, 0)], self.until, s.half_life)
-        return share
+    def _of_heavy(self, rows: Rows) -> np.ndarray:
+        """The share of rows like each that `most` leaves, so that a few users do not outweigh all others."""
+        if self.sampling.most is None:
+            return np.ones(len(rows.group))
+        store, user = self.store, self.lines.user[rows.group]
+        size = store.group_start[store.user_group[user + 1]] - store.group_start[store.user_group[user]]
+        return np.minimum(1.0, self.sampling.most / np.maximum(size, 1))
 
     def _thinned(self, rows: Rows, rng: np.random.Generator) -> Rows:
-        """In random order, without those that `most` and `half_life` leave out."""
+        """In random order, without what `most` and `half_life` leave out.
+
+        Events weigh the more the newer they are, so of a row those that weigh more than a random number are
+        its last ones: each stays as often as it weighs, and the others remain as context.
+        """
         rows = rows.take(rng.permutation(len(rows.group)))
-        return rows.take(rng.random(len(rows.group)) < self.kept(rows))
+        rows = rows.take(rng.random(len(rows.group)) < self._of_heavy(rows))
+        days = self.sampling.half_life
+        if days:
+            oldest = self.until + days * DAY * np.log2(1 - rng.random(len(rows.group)))
+            first = first_not_before(self.lines, rows.first, rows.stop, np.ceil(oldest).astype(np.int64))
+            rows = rows._replace(first=first).take(first < rows.stop)
+        return rows
 
     def rows(self, lines: np.ndarray, rng: np.random.Generator | None) -> Rows:
         """Cut the training events of these lines into rows; `rng` shifts the cuts of long ones."""

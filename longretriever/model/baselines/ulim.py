@@ -406,7 +406,6 @@ def log_meeting(batches: Batches, parts: int) -> np.ndarray:
     for at in range(0, n_lines, 1 << 20):
         rows = batches.rows(np.arange(at, min(at + (1 << 20), n_lines)), None)
         category = store.group_category[rows.group]
-        kept = rows.samples * batches.kept(rows)
-        samples += np.bincount(category, weights=kept, minlength=store.n_categories)
+        samples += np.bincount(category, weights=batches.expected(rows), minlength=store.n_categories)
     of_part = batches.sampling.samples / parts
     return np.log(-np.expm1(-of_part * np.maximum(samples, 1) / max(1, samples.sum())))
