@@ -171,7 +171,7 @@ class TrainConfig(VectorLearning):
     explore_weight: float = 0.5  # of the loss by vectors alone, beside that of the mixture with returns
     distance: float = 0.5  # share of samples asked for some events ahead, not just before
     whole: EbrConfig | None = EbrConfig()  # one more vector, which searches all items; None: contexts alone
-    whole_share: float = 0.3  # of an answer's probability: for what that vector finds
+    whole_share: float = 0.4  # of an answer's probability: for what that vector finds
     interests: PginConfig | None = PginConfig()  # the choice of contexts; None: by Equation 3
     mixed: bool = False  # batches of all categories: what the paper's Table 5 compares with
     overlap: int = 8

@@ -13,8 +13,8 @@ from longretriever.store.behaviors import Store
 DAY = 86_400
 _NEWEST = 0.1  # of the events: whose items tell how old items are
 _LONG = 0.1  # of the log's span: items of that age and more do not fade
-_OF_AGE = 0.3  # of the usual age of an item, in which an event's weight halves
-_LEAST = 0.01  # of the log's span: where most items occur once, their ages say nothing
+_OF_AGE = 0.15  # of the usual age of an item, in which an event's weight halves
+_LEAST = 0.005  # of the log's span: where most items occur once, their ages say nothing
 _CHUNK = 1 << 22  # events looked at at once
 
 
