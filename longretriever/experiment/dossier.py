@@ -54,7 +54,7 @@ def sections(result: Result) -> list[Section]:
         Section("Batch: one list for all that follows", list(_batch(result))),
         Section("Differences", list(_differences(result))),
         Section("By length of history", list(_by_history(result))),
-        Section("The ceiling of selection", list(_selection(result))),
+        Section("The reach of selection", list(_selection(result))),
         Section("Learning curves", list(_curves(result))),
         Section("What it cost", list(_cost(result))),
         Section("What failed", list(_failed(result))),
@@ -192,8 +192,8 @@ def _selection(result: Result) -> Iterator[Block]:
     if rows:
         yield Text(
             "How often the category of what the user then met was among the contexts that were asked. What "
-            "lies elsewhere cannot be found, whatever a model knows of items. Systems that choose no "
-            "contexts have no such ceiling, and are not listed."
+            "lies elsewhere only a search of all items can find. Systems that choose no contexts are not "
+            "listed."
         )
         yield Table("system", [("", _part(part)) for part in PARTS], rows)
 

@@ -189,12 +189,12 @@ def test_comparisons_show_both_figures_and_how_sure_it_is(result, found):
     assert found.row("differences", "batch ALL R@200")[4:] == [".400", ".800", "2 of 3", "not told apart"]
 
 
-def test_histories_ceilings_costs_and_failures_are_there(result, found):
+def test_histories_selection_costs_and_failures_are_there(result, found):
     for name, arm in result["arms"].items():
         expected = [digits(s["recall@200"]) for a, b in PARTS for s in arm[a][b]["by_history"].values()]
         assert found.row("by-length-of-history", name) == expected
-    ceilings = {row[0] for row in found.rows["the-ceiling-of-selection"]}
-    assert ceilings == {"system", "first", ODD}, "a rival that chooses no contexts has no ceiling"
+    chose = {row[0] for row in found.rows["the-reach-of-selection"]}
+    assert chose == {"system", "first", ODD}, "a rival that chooses no contexts is not listed"
     cost = dict(zip(found.rows["what-it-cost"][0], found.row("what-it-cost", "first"), strict=False))
     assert found.rows["what-it-cost"][0][1:] == [
         "training, s",
@@ -285,7 +285,7 @@ def test_one_arm_one_seed_and_nothing_else_still_make_a_report(result):
     small["made"]["command"] = ""
     found = Page(page.html(dossier.title_of(small), dossier.sections(small)))
     sections = [value for tag, name, value in found.attributes if (tag, name) == ("section", "id")]
-    absent = {"differences", "the-ceiling-of-selection", "learning-curves", "what-failed"}
+    absent = {"differences", "the-reach-of-selection", "learning-curves", "what-failed"}
     assert not absent & set(sections)
     assert "trained with 1 seed, as long as its own configuration says" in found.text["in-short"]
     assert "With one seed, nothing is known" in found.text["how-to-read-this"]
