@@ -8,12 +8,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from longretriever.events import TITLE
 from longretriever.model.exported import Model, Request, unit
 from longretriever.retrieve.merge import Merged, Ranked
-from longretriever.store.behaviors import Behaviors, Life
+from longretriever.store.behaviors import Behaviors, Life, titles
 
 REASONS = 3  # behaviors named for a candidate
 
@@ -125,7 +123,7 @@ class Retrieval:
                 reasons[i] = spoke
         columns = zip(
             self.item_ids,
-            _titles(self._model.items, self.item),
+            titles(self._model.items, self.item),
             self.category_ids,
             self.score,
             cosine,
@@ -156,7 +154,7 @@ class Retrieval:
             Reason(item_id, title, time, store.behaviors[kind], 0.0)
             for item_id, title, time, kind in zip(
                 store.item_ids.take(spoke.item),
-                _titles(store.items, spoke.item),
+                store.titles(spoke.item),
                 spoke.time.tolist(),
                 spoke.kind,
                 strict=True,
@@ -175,10 +173,3 @@ class Retrieval:
             "contexts": [asdict(c) for c in self.contexts],
             "candidates": [asdict(c) for c in self.candidates],
         }
-
-
-def _titles(items: pa.Table, numbers: np.ndarray) -> list[str | None]:
-    """None where the log's owner gave none."""
-    if TITLE not in items.column_names:
-        return [None] * len(numbers)
-    return items[TITLE].take(pa.array(np.asarray(numbers, np.int64))).to_pylist()

@@ -24,7 +24,7 @@ import pyarrow.compute
 import pyarrow.ipc
 
 from longretriever.errors import Damaged, UnknownCategory, UnknownItem, UnknownUser
-from longretriever.events import CATEGORY, ITEM, SECONDS_PER_DAY, USER
+from longretriever.events import CATEGORY, ITEM, SECONDS_PER_DAY, TITLE, USER
 from longretriever.saved import Manifest, opening
 
 FLOOR = 3_600
@@ -183,6 +183,10 @@ class Store:
     def item_ids(self) -> ItemIds:
         return ItemIds(self.items[ITEM])
 
+    def titles(self, items: np.ndarray) -> list[str | None]:
+        """Of item numbers; None where the log's owner gave none."""
+        return titles(self.items, items)
+
     # -- ids and numbers
 
     def user_number(self, user_id: int | str) -> int:
@@ -241,11 +245,17 @@ class Store:
     def recent(self, user: int, before: float | None = None, limit: int = 20) -> np.ndarray:
         """[<= limit] rows of the last behaviors of any category strictly before `before`, oldest first."""
         rows = self.rows_of(user)
-        ordered = self.time_order[rows]
-        stop = len(ordered)
-        if before is not None:
-            stop = bisect.bisect_left(ordered, before, key=lambda row: self.event_time[row])
-        return np.asarray(ordered[max(0, stop - limit) : stop])
+        stop = rows.stop if before is None else self.position(user, before)
+        return np.asarray(self.time_order[max(rows.start, stop - limit) : stop])
+
+    def position(self, user: int, time: float, after: bool = False) -> int:
+        """Where in `time_order` the user's first event at `time` or later stands, or just after `time`.
+
+        O(log events of the user).
+        """
+        rows, bisected = self.rows_of(user), bisect.bisect_right if after else bisect.bisect_left
+        in_order = range(rows.start, rows.stop)
+        return rows.start + bisected(in_order, time, key=lambda at: self.event_time[self.time_order[at]])
 
     def engagement(
         self, user: int, now: float | None = None, floor: float = FLOOR, since: float = -np.inf
@@ -367,6 +377,13 @@ def read_arrow(file: Path) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     except pa.ArrowInvalid as error:
         raise Damaged(f"{file}: not an Arrow file ({error}). Restore it, or ingest the log again.") from error
+
+
+def titles(items: pa.Table, numbers: np.ndarray) -> list[str | None]:
+    """The titles of these rows of an items table, None where it has none."""
+    if TITLE not in items.column_names:
+        return [None] * len(numbers)
+    return items[TITLE].take(pa.array(np.asarray(numbers, np.int64))).to_pylist()
 
 
 def vocabularies(fields: list[dict[str, Any]]) -> tuple[Vocabulary, ...]:
