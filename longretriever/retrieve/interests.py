@@ -9,7 +9,7 @@ signature of `Interests` serves as well.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +116,7 @@ class Pgin:
         return self.for_many([life])[0]
 
     def for_many(self, lives: Sequence[Life]) -> list[Contexts]:
-        """The contexts of several users of one store, by one call of the model.
+        """The contexts of several users of one store, or of it joined with live events.
 
         No context for a user who has done nothing. Raises `InputError` without weights, a `SavedError` for a
         folder that cannot be opened.
@@ -126,13 +126,21 @@ class Pgin:
             return [Contexts.none()] * len(lives)
         at_store = self._trained.matching(lived[0].store).of_store
         chosen = {}
-        for life, probability_C in zip(lived, self._trained.probabilities(lived), strict=True):
+        for life, probability_C in self._foreseen(lived):
             best = np.argsort(-probability_C, kind="stable")[: self.k]
             before = np.cumsum(probability_C[best]) - probability_C[best]
             best = best[before < self.cover]
             contexts = Contexts(at_store[best], probability_C[best].astype(np.float64))
             chosen[id(life)] = contexts.only((contexts.category >= 0) & (contexts.share > 0))
         return [chosen.get(id(life), Contexts.none()) for life in lives]
+
+    def _foreseen(self, lives: Sequence[Life]) -> Iterator[tuple[Life, np.ndarray]]:
+        """Each life with the probability of every category; one call for all lives of a store."""
+        of_store: dict[int, list[Life]] = {}
+        for life in lives:
+            of_store.setdefault(id(life.store), []).append(life)
+        for mine in of_store.values():
+            yield from zip(mine, self._trained.probabilities(mine), strict=True)
 
     @cached_property
     def _trained(self) -> _Trained:

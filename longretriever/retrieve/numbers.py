@@ -36,7 +36,7 @@ class Numbers:
 
     def items(self, items: np.ndarray) -> np.ndarray:
         """Those that the model knows."""
-        found = self.item[items]
+        found = _looked_up(self.item, items, -1)
         return found[found >= 0]
 
     def contexts(self, chosen: Contexts) -> Contexts:
@@ -50,9 +50,15 @@ class Numbers:
 
     def behaviors(self, b: Behaviors) -> Behaviors:
         """Known ones in the model's numbers; an item that the model has never seen is -1."""
-        if self.same:
+        if self.same and b.item.max(initial=0) < len(self.item) and b.kind.max(initial=0) < len(self.kind):
             return b
-        return Behaviors(self.item[b.item], self.category[b.category], b.time, self.kind[b.kind])
+        item, kind = _looked_up(self.item, b.item, -1), _looked_up(self.kind, b.kind, 0)
+        return Behaviors(item, self.category[b.category], b.time, kind)
+
+
+def _looked_up(table: np.ndarray, numbers: np.ndarray, otherwise: int) -> np.ndarray:
+    """What the table says of numbers, `otherwise` of those beyond it: live events may name what is new."""
+    return np.where(numbers < len(table), table[np.minimum(numbers, len(table) - 1)], otherwise)
 
 
 class ProfileCodes:

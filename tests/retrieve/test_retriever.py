@@ -38,6 +38,7 @@ from longretriever.retrieve.retriever import Retriever, index_model
 from longretriever.retrieve.rules import Rules
 from longretriever.store.behaviors import Behaviors, Store
 from longretriever.store.ingest import ingest
+from longretriever.store.joined import Joined, LiveEvents, New
 from tests.worlds import DAY, START, once_log, stored, table
 
 TINY = TrainConfig(
@@ -422,6 +423,62 @@ def test_an_index_of_another_model_is_refused_for_all_items_too(both, folder, tm
     shutil.copytree(folder / "model" / "index", tmp_path / "model" / "whole" / "index")
     with pytest.raises(Mismatch, match=r"made from another model .*longretriever index .*whole"):
         Retriever.load(tmp_path / "model", store=both.store.path)
+
+
+# -- live events
+
+LIVE = [
+    *some_events(7, range(USERS), START + 100 * DAY, 10, 200),
+    *[Event(user, 5002, 5002 % CATEGORIES * 10, START + 111 * DAY, "click") for user in (2, 3)],
+    Event(3, 1001, 1001 % CATEGORIES * 10, START + 112 * DAY, "wish"),
+]
+
+
+def joined(store: Store, users: list[int]) -> Joined:
+    """The store with what these users did live; item 5002 and the kind "wish" are new."""
+    of_user = []
+    for user in users:
+        mine = [e for e in LIVE if e.user == user]
+        item = [store.n_items if e.item == 5002 else store.item_number(e.item) for e in mine]
+        kind = [[*store.behaviors, "wish"].index(e.kind) for e in mine]
+        category = [store.category_number(e.category) for e in mine]
+        columns = item, category, [e.time for e in mine], kind
+        of_user.append(LiveEvents(*(np.array(column, np.int64) for column in columns)))
+    numbers = [store.user_ids.number_of(user) for user in users]
+    new = New((5002,), (store.category_number(5002 % CATEGORIES * 10),), ("wish",))
+    return Joined(store, numbers, users, of_user, new)
+
+
+@pytest.mark.parametrize("now", [START + 100 * DAY, START + 105 * DAY, START + 112 * DAY + 0.5])
+def test_live_events_are_read_as_if_the_store_had_them(exact, now):
+    users = [2, 3, 11]
+    store = joined(exact.store, users)
+    answers = exact.answer([store.life(n, now) for n in range(len(users))], 60)
+    for user, answer in zip(users, answers, strict=True):
+        same(answer, obvious(exact.model, OLD + LIVE, user, now)[:60], 1e-4)
+        assert answer.user_id == user
+
+
+def test_an_item_met_live_is_excluded_and_is_a_reason(exact):
+    now = START + 113 * DAY
+    life_ = joined(exact.store, [3]).life(0, now)
+    met = {e.item for e in life(OLD + LIVE, 3, now)}
+    (answer,) = exact.answer([life_], 1000, rules=Rules(exclude_seen=True))
+    assert len(answer)
+    assert not met & set(answer.item_ids)
+    said = [r for c in exact.answer([life_], 60)[0].candidates for r in c.reasons]
+    assert {"wish", "click"} <= {r.behavior for r in said}
+    assert {r.title for r in said if r.item_id == 5002} == {None}
+
+
+def test_a_stranger_is_known_by_what_they_do(exact):
+    item = exact.store.item_number(1004)
+    category = int(exact.store.item_category[item])
+    events = LiveEvents(*(np.array([x]) for x in (item, category, START + 9, 0)))
+    store = Joined(exact.store, [None, None], [-5, -6], [events, LiveEvents(*[np.empty(0, np.int64)] * 4)])
+    known, nobody = exact.answer([store.life(0), store.life(1)], 20)
+    assert set(known.category_ids) == {exact.store.category_ids.take([category])[0]}
+    assert (known.user_id, len(nobody), nobody.contexts) == (-5, 0, [])
 
 
 # -- training and serving
