@@ -14,7 +14,7 @@ DAY = 86_400
 _NEWEST = 0.1  # of the events: whose items tell how old items are
 _LONG = 0.1  # of the log's span: items of that age and more do not fade
 _OF_AGE = 0.15  # of the usual age of an item, in which an event's weight halves
-_LEAST = 0.005  # of the log's span: where most items occur once, their ages say nothing
+_LEAST = 0.005  # of the log's span
 _CHUNK = 1 << 22  # events looked at at once
 
 
@@ -22,8 +22,8 @@ def half_life(store: Store) -> float:
     """Days in which the weight of an event should halve; 0 where items live long and nothing fades.
 
     The usual age of items is the median, over the log's newest tenth of events, of the time since the item's
-    first event. If that is a tenth of the log's span or more, the answer is 0. Costs two passes over the
-    events (some 10 ns each), and memory for one time per item.
+    first event, first events left out. If that is a tenth of the log's span or more, or items occur once, the
+    answer is 0. Costs two passes over the events (some 10 ns each), and memory for one time per item.
     """
     first = np.full(store.n_items, np.iinfo(np.int64).max)
     for at in range(0, store.n_events, _CHUNK):
@@ -32,9 +32,11 @@ def half_life(store: Store) -> float:
     stride = max(1, store.n_events // 2_000_000)
     time, item = store.event_time[::stride], store.event_item[::stride]
     late = time >= np.quantile(time, 1 - _NEWEST, method="lower")
-    age = float(np.median(time[late] - first[item[late]]))
-    span = float(store.last_time - time.min())
-    return 0.0 if age >= _LONG * span else max(_LEAST * span, _OF_AGE * age) / DAY
+    ages = time[late] - first[item[late]]
+    ages, span = ages[ages > 0], float(store.last_time - time.min())
+    if len(ages) == 0 or np.median(ages) >= _LONG * span:
+        return 0.0
+    return float(max(_LEAST * span, _OF_AGE * np.median(ages))) / DAY
 
 
 def weight(time: np.ndarray, until: int, days: float) -> np.ndarray:

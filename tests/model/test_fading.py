@@ -45,15 +45,13 @@ def test_items_that_live_long_do_not_fade(lives, tmp_path):
     assert half_life(stored(news(lives), tmp_path / "store")) == 0
 
 
-def test_items_that_occur_once_leave_a_part_of_the_log_at_least(tmp_path):
+def test_items_that_occur_once_have_no_age(tmp_path):
     n = 1000
-    log = table(
-        [i % 9 for i in range(n)],
-        list(range(n)),
-        [i % 2 for i in range(n)],
-        range(START, START + n * DAY, DAY),
-    )
-    assert half_life(stored(log, tmp_path / "store")) == pytest.approx((n - 1) / 200)
+    when = list(range(START, START + n * DAY, DAY))
+    log = table([i % 9 for i in range(n)], list(range(n)), [i % 2 for i in range(n)], when)
+    assert half_life(stored(log, tmp_path / "once")) == 0
+    twice = table([i % 9 for i in range(n)], [i // 2 for i in range(n)], [i // 2 % 2 for i in range(n)], when)
+    assert half_life(stored(twice, tmp_path / "twice")) == pytest.approx((n - 1) / 200)  # the least
 
 
 def test_the_weight_halves_with_every_half_life():

@@ -285,10 +285,10 @@ def test_padding_says_nothing(store, encoder):
 @torch.no_grad()
 def test_no_recent_behaviors_no_effect_of_padding(store):
     user = learner_of(store, CONFIG)[0].user
-    state, context = torch.randn(2, 16), torch.randn(2, 16)
+    state, bag, context = torch.randn(2, 16), torch.randn(2, 16), torch.randn(2, 16)
     since, none = torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
-    a = user.head(state, None, context, since, torch.randn(2, 4, 16), none)
-    torch.testing.assert_close(a, user.head(state, None, context, since, torch.randn(2, 4, 16), none))
+    a = user.head(state, bag, context, since, torch.randn(2, 4, 16), none)
+    torch.testing.assert_close(a, user.head(state, bag, context, since, torch.randn(2, 4, 16), none))
 
 
 @torch.no_grad()
