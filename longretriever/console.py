@@ -57,12 +57,12 @@ def show_retrieval(answer: Retrieval, most: int) -> None:
     """Print contexts and the first candidates, each with the behavior that spoke most for it."""
     contexts = _grid(f"Contexts asked for user {answer.user_id}")
     contexts.add_column("category")
-    for name in ("share of interest", "behaviors", "candidates"):
+    for name in ("part of the answer", "behaviors", "candidates"):
         contexts.add_column(name, justify="right")
+    total = sum(c.share for c in answer.contexts)
     for c in answer.contexts:
-        contexts.add_row(
-            escape(str(c.category_id)), f"{c.share:.1%}", f"{c.behaviors:,}", f"{c.candidates:,}"
-        )
+        name = "all items" if c.category_id is None else str(c.category_id)
+        contexts.add_row(escape(name), f"{c.share / total:.1%}", f"{c.behaviors:,}", f"{c.candidates:,}")
     out.print(contexts)
     if not len(answer):
         out.print(
