@@ -26,7 +26,7 @@ import numpy as np
 
 from longretriever.errors import InputError
 from longretriever.model.age import age_class
-from longretriever.model.fading import DAY, weight
+from longretriever.model.fading import oldest, weight
 from longretriever.store.behaviors import Store, spread
 
 _BLOCK = 16  # groups that stay together in the shuffle: they lie side by side on disk
@@ -53,6 +53,11 @@ class Rows(NamedTuple):
     @property
     def samples(self) -> np.ndarray:
         return self.stop - self.first
+
+
+def of_heavy(size: np.ndarray, most: int | None) -> np.ndarray:
+    """The share of the events of users of so many that leaves each about `most`; None: all."""
+    return np.minimum(1.0, (most or np.inf) / np.maximum(size, 1))
 
 
 def concatenate(rows: Iterable[Rows]) -> Rows:
@@ -151,7 +156,9 @@ class Sampling:
     life_sample: int = 0  # of the R: behaviors spread evenly over what is older than the others
     within: int | None = None  # look back on the user's last so many behaviors only
     most: int | None = None  # samples of a user in an epoch, about; None: all
-    half_life: float = 0.0  # days in which the chance of an event to be in an epoch halves; 0: none fades
+    half_life: float | None = (
+        None  # days in which an event's chance to be in an epoch halves; 0, None: none fades
+    )
     distance: float = 0.0  # share of samples that are asked for earlier than just before the event
     returns: bool = False  # list what each state knows, for a model that points back at it
     overlap: int = 8  # behaviors of context that a packed row repeats from the row before it
@@ -310,11 +317,9 @@ class Batches:
 
     def _of_heavy(self, rows: Rows) -> np.ndarray:
         """The share of rows like each that `most` leaves, so that a few users do not outweigh all others."""
-        if self.sampling.most is None:
-            return np.ones(len(rows.group))
         store, user = self.store, self.lines.user[rows.group]
         size = store.group_start[store.user_group[user + 1]] - store.group_start[store.user_group[user]]
-        return np.minimum(1.0, self.sampling.most / np.maximum(size, 1))
+        return of_heavy(size, self.sampling.most)
 
     def _thinned(self, rows: Rows, rng: np.random.Generator) -> Rows:
         """In random order, without what `most` and `half_life` leave out.
@@ -326,8 +331,8 @@ class Batches:
         rows = rows.take(rng.random(len(rows.group)) < self._of_heavy(rows))
         days = self.sampling.half_life
         if days:
-            oldest = self.until + days * DAY * np.log2(1 - rng.random(len(rows.group)))
-            first = first_not_before(self.lines, rows.first, rows.stop, np.ceil(oldest).astype(np.int64))
+            since = oldest(self.until, days, 1 - rng.random(len(rows.group)))
+            first = first_not_before(self.lines, rows.first, rows.stop, since)
             rows = rows._replace(first=first).take(first < rows.stop)
         return rows
 

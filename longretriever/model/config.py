@@ -221,7 +221,7 @@ class TrainConfig(VectorLearning):
             life_sample=self.life_sample,
             within=self.within,
             most=self.most,
-            half_life=self.half_life or 0.0,
+            half_life=self.half_life,
             distance=self.distance,
             returns=self.returns,
             overlap=min(self.overlap, self.context_length),

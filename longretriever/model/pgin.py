@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from longretriever.model.age import AGES
+from longretriever.model.batches import of_heavy
 from longretriever.model.config import PginConfig
 from longretriever.model.fading import weight
 from longretriever.model.history import FEATURES, GENERAL, Histories, histories
@@ -168,8 +169,8 @@ class Lessons:
         """
         c, size = self.config, np.diff(self.user_start)
         for at in range(0, len(size), 1 << 16):
-            of_user = np.minimum(1.0, (c.most or np.inf) / np.maximum(size[at : at + (1 << 16)], 1))
-            share = np.repeat(of_user, size[at : at + (1 << 16)])
+            part = size[at : at + (1 << 16)]
+            share = np.repeat(of_heavy(part, c.most), part)
             first = int(self.user_start[at])
             if c.half_life:
                 row = np.asarray(self.store.time_order[first : first + len(share)], np.int64)

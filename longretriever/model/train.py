@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from longretriever.errors import InputError
+from longretriever.events import SECONDS_PER_DAY
 from longretriever.model.checkpoint import load_state, save_model, save_state
 from longretriever.model.config import Learning, TrainConfig
-from longretriever.model.fading import DAY, half_life
+from longretriever.model.fading import half_life, newest_from
 from longretriever.model.learner import ItemRows, Lesson, Lessons
 from longretriever.saved import check_replaceable, opening
 from longretriever.store.behaviors import Store
@@ -316,15 +317,14 @@ def _mixed(*numbers: int) -> int:
 
 
 def _boundary(store: Store, config: Learning) -> int:
-    """The time after which the newest `validation` part of the events lies (of a sample, if many).
+    """The time after which the newest `validation` part of the events lies.
 
     None lies there where they fade so fast that this part is much of what there is to learn.
     """
     if config.validation == 0:
         return int(store.last_time)
-    stride = max(1, store.n_events // 2_000_000)
-    boundary = int(np.quantile(store.event_time[::stride], 1 - config.validation, method="lower"))
-    fades = config.half_life and store.last_time - boundary > config.half_life * DAY / 2
+    boundary = newest_from(store, config.validation)
+    fades = config.half_life and store.last_time - boundary > config.half_life * SECONDS_PER_DAY / 2
     return int(store.last_time) if fades else boundary
 
 

@@ -220,7 +220,7 @@ class Retriever:
         unwanted = self._unwanted(rows, lives, ruled)
         whole = np.array([row.category == CORPUS for row in rows], bool)
         parts = [(self._of_contexts, ~whole), (self._of_all, whole)]
-        if self._of_all == self._of_contexts:
+        if self._of_all is self._of_contexts:
             parts = [(self._of_contexts, np.ones(len(rows), bool))]
         for searched, which in parts:
             at = np.flatnonzero(which).tolist()

@@ -11,10 +11,10 @@ from longretriever.errors import InputError
 from longretriever.model.batches import Batches, Sampling
 from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.exported import Model
-from longretriever.model.fading import DAY, half_life, weight
+from longretriever.model.fading import half_life, weight
 from longretriever.model.pgin import Lessons
 from longretriever.model.train import train
-from tests.worlds import START, stored, table
+from tests.worlds import DAY, START, stored, table
 
 DAYS, PER_DAY, USERS = 20, 60, 12
 TINY = {"dim": 8, "layers": 1, "step_samples": 100, "epochs": 1}

@@ -203,7 +203,7 @@ class Mind(Learner):
             recent_length=c.length,
             samples=c.samples_of_step(self.store.n_events),
             most=c.most,
-            half_life=c.half_life or 0.0,
+            half_life=c.half_life,
             whole_up_to=c.whole_up_to,
             sampled_negatives=c.sampled_negatives,
         )

@@ -242,7 +242,7 @@ class Ulim(Learner):
             recent_length=c.recent_length,
             within=c.within,
             most=c.most,
-            half_life=c.half_life or 0.0,
+            half_life=c.half_life,
             samples=c.samples_of_step(self.store.n_events),
             whole_up_to=c.whole_category_up_to,
             sampled_negatives=c.sampled_negatives,
