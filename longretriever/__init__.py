@@ -14,6 +14,7 @@ from longretriever.errors import LongRetrieverError
 from longretriever.saved import package_version
 
 if TYPE_CHECKING:
+    from longretriever.client import Client
     from longretriever.evaluate.run import evaluate_log
     from longretriever.market import Market, MarketConfig
     from longretriever.model.baselines.mind import MindConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Candidate": "retrieve.retrieval",
+    "Client": "client",
     "Contexts": "retrieve.interests",
     "EbrConfig": "model.config",
     "Life": "store.behaviors",
@@ -59,6 +61,7 @@ _HOME = {
 __version__ = package_version()
 __all__ = [
     "Candidate",
+    "Client",
     "Contexts",
     "EbrConfig",
     "Life",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LONGRETRIEVER"},
 )
 experiment = typer.Typer(help="Compare systems, with intervals and tests.", no_args_is_help=True)
 app.add_typer(experiment, name="experiment")
@@ -73,6 +74,21 @@ MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", metavar="SIZE", help="Of ingest, e.g. 2GB; beyond, it spills.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; default all.")]
+
+
+def _configuration(context: typer.Context, file: Path | None) -> Path | None:
+    """Options of a TOML file become defaults, so that the command line and the environment win."""
+    if file is None:
+        return None
+    try:
+        given = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{file}: not TOML ({error}).") from error
+    known = {parameter.name for parameter in context.command.params}
+    if strange := sorted(given.keys() - known):
+        raise InputError(f"{file}: {strange[0]} is no option of serve. See longretriever serve --help.")
+    context.default_map = {**(context.default_map or {}), **given}
+    return file
 
 
 def main() -> None:
@@ -323,6 +339,78 @@ def retrieve(
 
 
 @app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Folder of the model; a link to one may be turned.")],
+    store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
+    index: Annotated[Path | None, typer.Option(help="An index other than MODEL/index.")] = None,
+    live: Annotated[
+        Path | None, typer.Option(help="File of live events; default live.sqlite beside the model.")
+    ] = None,
+    clock: Annotated[
+        str, typer.Option(help="What now is: wall, or log: just after the newest event, for old logs.")
+    ] = "wall",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; keys are needed if not loopback.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Requests a worker works on at once.")] = 2,
+    read_key: Annotated[
+        list[str] | None,
+        typer.Option(help="API key that may ask. Several: separated by spaces in the variable."),
+    ] = None,
+    write_key: Annotated[
+        list[str] | None, typer.Option(help="API key that may also send events, forget, reload.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait in a worker; then 503.")] = 64,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of a request; then 504.")] = 5.0,
+    body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 1_000_000,
+    k: Annotated[int, typer.Option("--k", min=1, help="Candidates of a request at most.")] = 2_000,
+    batch: Annotated[int, typer.Option(min=1, help="Users of a request at most.")] = 256,
+    events: Annotated[int, typer.Option(min=1, help="Events of a call at most.")] = 10_000,
+    cors: Annotated[list[str] | None, typer.Option(help="Origin of another page that may ask.")] = None,
+    watch: Annotated[
+        float, typer.Option(min=0, help="Seconds between looks for a newer model; 0: only when asked.")
+    ] = 1.0,
+    log: Annotated[str, typer.Option(help="Lines of json or text.")] = "json",
+    config: Annotated[
+        Path | None,
+        typer.Option(callback=_configuration, is_eager=True, help="TOML file with these options."),
+    ] = None,
+) -> None:
+    """Serve candidates over HTTP, take live events in, and show a page that says why.
+
+    Every option can also be set in the environment, as LONGRETRIEVER_SERVE_PORT, or in the TOML file.
+    """
+    from longretriever.serve.run import run
+    from longretriever.serve.settings import Settings
+
+    settings = Settings(
+        model=str(model),
+        store=str(store) if store else None,
+        index=str(index) if index else None,
+        live=str(live) if live else None,
+        clock=_one_of("--clock", clock, ("wall", "log")),
+        host=host,
+        port=port,
+        workers=workers,
+        threads=threads,
+        read_keys=tuple(read_key or ()),
+        write_keys=tuple(write_key or ()),
+        queue=queue,
+        seconds=seconds,
+        body=body,
+        k=k,
+        batch=batch,
+        events=events,
+        cors=tuple(cors or ()),
+        watch=watch,
+        log=_one_of("--log", log, ("json", "text")),
+    )
+    run(settings)
+
+
+@app.command()
 def evaluate(
     events: Events,
     items: Items = None,
@@ -508,6 +596,26 @@ def leak(
 
 
 @app.command()
+def compact(
+    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    live: Annotated[Path, typer.Option("--live", help="File of live events.")],
+    path: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the new store; default: in place of the old one.")
+    ] = None,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Fold live events into the store, and leave out what of it is forgotten. Writers may go on meanwhile."""
+    from longretriever.store.compact import compact as run
+
+    with spinner("checking") as say:
+        report = run(store, live, path, memory_limit=memory_limit, threads=threads, progress=say)
+    facts = report.as_dict()
+    show(facts, as_json, _compact_summary(facts))
+
+
+@app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="Folder of a store, model or index.")],
     as_json: Json = False,
@@ -586,6 +694,12 @@ def _reading(
 
 def _say(line: str) -> None:
     err.print(f"[dim]{escape(line)}[/]", highlight=False)
+
+
+def _one_of(option: str, given: str, allowed: Sequence[str]) -> Any:
+    if given not in allowed:
+        raise InputError(f"{option} {given}: expected one of {', '.join(allowed)}.")
+    return given
 
 
 def parse_interests(text: str | None) -> Interests | None:
@@ -697,6 +811,22 @@ def _training() -> Callable[..., Any]:
     from longretriever.model.train import train as torch_train
 
     return torch_train
+
+
+def _compact_summary(facts: Mapping[str, Any]) -> dict[str, Any]:
+    if facts["ingest"] is None:
+        nothing = f"nothing to fold: it has all of {facts['journal']}, up to number {facts['upto']:,}"
+        return {"store": facts["store"], "live events": nothing}
+    told = _ingest_summary(facts["store"], facts["ingest"])
+    return {
+        "store": facts["store"],
+        "live events": f"{facts['live']:,}, numbers {facts['after'] + 1:,} to {facts['upto']:,}"
+        f" of {facts['journal']}",
+        "forgotten": f"{facts['forgotten']:,} users of the store",
+        **{name: told[name] for name in ("events", "rejected", "users", "items", "times")},
+        "deleted": f"{facts['deleted']:,} live events that the store had before",
+        "seconds": f"{facts['seconds']:.1f}",
+    }
 
 
 def _ingest_summary(path: str, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ LongRetrieverError
 │   ├── NotSaved          there is nothing of the package's own at that path
 │   ├── Damaged           a file is missing, cut off or altered
 │   └── Mismatch          it was made from something other than what it is used with
+├── RequestFailed         a server refused a request, or could not be reached
 └── MissingExtra          an optional part is not installed
 
 Every message says what was found, what was wanted, and what to do about it.
@@ -62,6 +63,17 @@ class Damaged(SavedError):
 
 class Mismatch(SavedError):
     """The folder was made from something other than what it is now used with."""
+
+
+class RequestFailed(LongRetrieverError):
+    """A server refused a request, or could not be reached.
+
+    status  of the answer; None where there was none
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class MissingExtra(LongRetrieverError, ImportError):

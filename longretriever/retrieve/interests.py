@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -104,13 +104,15 @@ class Pgin:
     path: str | os.PathLike[str] | None = None
     threads: int = 1
     cover: float = 0.98
+    opened: Foreseeing | None = field(default=None, repr=False, compare=False)  # the folder, once it is read
 
     def __post_init__(self) -> None:
         _check_positive("Pgin", k=self.k, cover=self.cover, threads=self.threads)
 
     def beside(self, model: Path) -> Pgin:
-        """This, with the weights that were trained with a model, unless it has some."""
-        return self if self.path else replace(self, path=model / INTERESTS)
+        """This, with the weights that were trained with a model, unless it has some; opened."""
+        here = self if self.path else replace(self, path=model / INTERESTS)
+        return replace(here, opened=here._trained)
 
     def __call__(self, life: Life, rng: np.random.Generator) -> Contexts:
         return self.for_many([life])[0]
@@ -142,14 +144,22 @@ class Pgin:
         for mine in of_store.values():
             yield from zip(mine, self._trained.probabilities(mine), strict=True)
 
+    def foreseen(self, life: Life) -> tuple[np.ndarray, np.ndarray]:
+        """Category numbers of the store, and the probability of each to be the next."""
+        ((_, probability_C),) = self._foreseen([life])
+        at_store = self._trained.matching(life.store).of_store
+        return at_store[at_store >= 0], probability_C[at_store >= 0]
+
     @cached_property
-    def _trained(self) -> _Trained:
+    def _trained(self) -> Foreseeing:
+        if self.opened is not None:
+            return self.opened
         if self.path is None:
             raise InputError("Pgin has no weights: pass its path, or give it to Retriever.load.")
-        return _Trained(opening(self.path, "interests"), self.threads)
+        return Foreseeing(opening(self.path, "interests"), self.threads)
 
 
-class _Trained:
+class Foreseeing:
     """A folder of kind "interests", opened read-only."""
 
     def __init__(self, manifest: Manifest, threads: int) -> None:

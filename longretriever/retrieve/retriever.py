@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +79,7 @@ class Retriever:
         self._asks_all = self._of_all.model.asks_corpus
         if interests is None:
             interests = Pgin() if (model.path / INTERESTS).exists() else RandomInTop()
-        self._opened: dict[Pgin, Pgin] = {}
+        self._pgin: dict[str | os.PathLike[str] | None, Pgin] = {}  # by the path given, opened once
         self.interests = self._bound(interests)
         self.merge = merge or MERGES[model.merge]
         self._numbers = Numbers(store, model)
@@ -149,8 +149,12 @@ class Retriever:
         interests: Interests | None = None,
         merge: Merge | None = None,
         rules: Rules = Rules(),
+        lap: Callable[[str], None] = lambda stage: None,
     ) -> list[Retrieval]:
-        """The answers to several requests at once: one call of the user tower, one of the index."""
+        """The answers to several requests at once: one call of the user tower, one of the index.
+
+        `lap` is told each stage when it ends: interests, contexts, vectors, search, merge.
+        """
         if k < 1:
             raise InputError(f"k={k}, expected at least 1.")
         ruled = Ruled(rules, self.model)
@@ -159,26 +163,35 @@ class Retriever:
         rows: list[tuple[Request, Behaviors]] = []
         looked_at = [life.lately(self.model.within) for life in lives]
         chosen = self._choose(looked_at, rng, self._bound(interests) if interests else self.interests)
+        lap("interests")
         for i, life in enumerate(looked_at):
             contexts = ruled.contexts(self._numbers.contexts(chosen[i]))
             mine = self._requests(life, contexts)
             rows += [row for row, _ in mine]
             shares += [share for _, share in mine]
             owner += [i] * len(mine)
+        lap("contexts")
         asked: list[list[Asked]] = [[] for _ in lives]
-        for n, answer in self._search([r for r, _ in rows], [lives[i] for i in owner], shares, k, ruled):
+        told = [r for r, _ in rows], [lives[i] for i in owner], shares
+        for n, answer in self._search(*told, k, ruled, lap):
             asked[owner[n]].append(Asked(*rows[n], answer.share, answer))
+        lap("search")
         merge = merge or self.merge
-        return [
-            Retrieval(self.model, life, mine, merge(ruled.lists([a.answer for a in mine]), k))
-            for life, mine in zip(lives, asked, strict=True)
+        answers = [
+            Retrieval(self.model, life, of, merge(ruled.lists([a.answer for a in of]), k))
+            for life, of in zip(lives, asked, strict=True)
         ]
+        lap("merge")
+        return answers
 
     def _bound(self, interests: Interests) -> Interests:
         """A `Pgin` without weights of its own gets those that were trained with the model, opened once."""
         if not isinstance(interests, Pgin):
             return interests
-        return self._opened.setdefault(interests, interests.beside(self.model.path))
+        if interests.path not in self._pgin:
+            self._pgin[interests.path] = interests.beside(self.model.path)
+        opened = self._pgin[interests.path]
+        return replace(interests, path=opened.path, opened=opened.opened)
 
     def _choose(
         self, lives: Sequence[Life], rng: np.random.Generator | int, interests: Interests
@@ -190,7 +203,9 @@ class Retriever:
             return interests.for_many(lives)
         if isinstance(rng, np.random.Generator):
             return [interests(life, rng) for life in lives]
-        return [interests(life, np.random.default_rng([rng, life.user])) for life in lives]
+        return [
+            interests(life, np.random.default_rng([rng, life.store.stands_for(life.user)])) for life in lives
+        ]
 
     def _requests(
         self, life: Life, contexts: Sequence[tuple[int, float]]
@@ -214,7 +229,13 @@ class Retriever:
         return out
 
     def _search(
-        self, rows: list[Request], lives: Sequence[Life], shares: Sequence[float], k: int, ruled: Ruled
+        self,
+        rows: list[Request],
+        lives: Sequence[Life],
+        shares: Sequence[float],
+        k: int,
+        ruled: Ruled,
+        lap: Callable[[str], None],
     ) -> Iterator[tuple[int, Ranked]]:
         """The answers, each with the row that it is of; a row has one for each of its user vectors."""
         unwanted = self._unwanted(rows, lives, ruled)
@@ -226,7 +247,7 @@ class Retriever:
             at = np.flatnonzero(which).tolist()
             if at:
                 mine = [rows[i] for i in at], [shares[i] for i in at], [unwanted[i] for i in at]
-                for n, ranked in self._searched(searched, *mine, k, ruled):
+                for n, ranked in self._searched(searched, *mine, k, ruled, lap):
                     yield at[n], ranked
 
     def _searched(
@@ -237,10 +258,13 @@ class Retriever:
         unwanted: list[np.ndarray],
         k: int,
         ruled: Ruled,
+        lap: Callable[[str], None],
     ) -> Iterator[tuple[int, Ranked]]:
         """The same of rows that one model answers: one call of its user tower, one of its index."""
         model, index = searched.model, searched.index
+        lap("search")
         vectors = model.user_vectors(rows)
+        lap("vectors")
         row_N = np.repeat(np.arange(len(rows)), vectors.interests)
         user_ND = vectors.user[np.arange(vectors.user.shape[1]) < vectors.interests[:, None]]
         context_N = np.array([rows[i].category for i in row_N])

@@ -223,6 +223,10 @@ class Store:
         """The user's behaviors strictly before `now`; None is just after the store's last event."""
         return Life(self, user, self.last_time + 1 if now is None else now)
 
+    def stands_for(self, user: int) -> int:
+        """A number that is this user's alone, by which what is drawn for him differs from others'."""
+        return user
+
     def rows_of(self, user: int) -> slice:
         """All event rows of a user, sorted by (category, time). O(1)."""
         first, last = self.user_group[user], self.user_group[user + 1]

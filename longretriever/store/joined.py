@@ -3,13 +3,15 @@
 Nothing of the store is copied. Each of its arrays is stood in for by one that knows where the few live events
 belong: what stands at position p is the k-th of them, or the store's own element p, less the live ones
 before it. So `Joined` answers every question about lives by the code of `Store`, at the cost of a bisection
-among the users' live events. Only a group that has live events is ever copied, and only its times.
+among the users' live events. Only a group that has live events is ever copied, and only its times. A live
+event that the store has already (same user, item, time and kind) is left out.
 
 n users, E events in the store, B live events of the n users.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -66,7 +68,7 @@ class Joined(Store):
         )
         newest = [int(one.time.max()) for one in live if len(one.time)]
         self.first_time, self.last_time = store.first_time, max([int(store.last_time), *newest])
-        self._store, self._new = store, new
+        self._store, self._users, self._new = store, users, new
         self._arrange(store, users, live)
 
     def _arrange(self, store: Store, users: Sequence[int | None], live: Sequence[LiveEvents]) -> None:
@@ -91,6 +93,11 @@ class Joined(Store):
         self.group_category = np.concatenate([part.category for part in parts])
         self.group_start = np.concatenate([[0], np.cumsum(np.concatenate([part.size for part in parts]))])
         self.user_group = np.concatenate([[0], np.cumsum([len(part.category) for part in parts])])
+
+    def stands_for(self, user: int) -> int:
+        """The store's own number; of a user that it does not know, one made of his id."""
+        known = self._users[user]
+        return zlib.crc32(repr(self.user_ids.take([user])[0]).encode()) if known is None else known
 
     @property
     def item_ids(self) -> ItemIds:
@@ -122,25 +129,34 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, store: Store, user: int | None, live: LiveEvents) -> _Part:
         live = LiveEvents(*(np.asarray(column)[np.lexsort((live.time, live.category))] for column in live))
-        in_time = np.lexsort((live.item, live.category, live.time))
         if user is None:
             none = np.zeros(len(live.time), np.int64)
             category, size = np.unique(live.category, return_counts=True)
-            return cls(0, 0, live, none, in_time, none, category, size)
+            return cls(0, 0, live, none, _in_time(live), none, category, size)
         first, last = int(store.user_group[user]), int(store.user_group[user + 1])
         rows = store.rows_of(user)
         met, starts = store.group_category[first:last], store.group_start[first : last + 1]
         row_place = np.empty(len(live.time), np.int64)
+        fresh = np.ones(len(live.time), bool)
         group = np.searchsorted(met, live.category)
         for i, (g, time) in enumerate(zip(group, live.time, strict=True)):
             low = high = int(starts[g])
             if g < len(met) and met[g] == live.category[i]:
                 high = int(starts[g + 1])
-            row_place[i] = low + np.searchsorted(store.event_time[low:high], time, side="right") - rows.start
+            at, behind = low + np.searchsorted(store.event_time[low:high], [time, time + 1])
+            row_place[i] = behind - rows.start
+            same = store.event_item[at:behind] == live.item[i]
+            fresh[i] = not (same & (store.event_behavior[at:behind] == live.kind[i])).any()
+        live, row_place = LiveEvents(*(column[fresh] for column in live)), row_place[fresh]
+        in_time = _in_time(live)
         time_place = np.array([store.position(user, t, after=True) for t in live.time[in_time]], np.int64)
         category, which = np.unique(np.concatenate([met, live.category]), return_inverse=True)
         size = np.bincount(which, np.concatenate([np.diff(starts), np.ones(len(live.time))])).astype(np.int64)
         return cls(rows.start, rows.stop, live, row_place, in_time, time_place - rows.start, category, size)
+
+
+def _in_time(live: LiveEvents) -> np.ndarray:
+    return np.lexsort((live.item, live.category, live.time))
 
 
 class _Places:
@@ -215,6 +231,7 @@ class _Merged:
         stored = self._read(stored, np.full(len(stored), user))
         if low == high:
             return stored
+        stored = stored.astype(self._live.dtype, copy=False)  # a new kind may be beyond what the store's holds
         return np.insert(stored, p.at[low:high] - start - np.arange(high - low), self._live[low:high])
 
     def _read(self, stored: np.ndarray, user: np.ndarray) -> np.ndarray:

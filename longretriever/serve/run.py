@@ -1,0 +1,57 @@
+"""Start the service: one process, or several workers on one port, which share the mapped files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+
+import uvicorn
+
+from longretriever.serve.settings import Settings
+
+_GRACE = 30  # seconds for requests on their way, once it is told to stop
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; then take no new requests, finish those there are, commit."""
+    from longretriever.serve.serving import Serving
+    from longretriever.store.live import Journal
+
+    settings.to_environment()
+    counts = tempfile.mkdtemp(prefix="longretriever-metrics-") if settings.workers > 1 else None
+    if counts:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
+    journal = Journal(settings.journal)
+    try:
+        Serving(settings.source, journal)  # what cannot be served is said here, in one line, not by a worker
+    finally:
+        journal.close()
+    try:
+        uvicorn.run(
+            "longretriever.serve.run:worker",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            timeout_graceful_shutdown=_GRACE,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+        )
+    finally:
+        if counts:
+            shutil.rmtree(counts, ignore_errors=True)
+
+
+def worker() -> object:
+    """The application of one process, which writes its log to stderr."""
+    from longretriever.serve.app import create
+    from longretriever.serve.door import Lines, Text
+
+    settings = Settings.from_environment()
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines() if settings.log == "json" else Text())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return create(settings)
