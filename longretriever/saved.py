@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -74,10 +74,13 @@ class Manifest:
     fingerprint: str
 
     def load_array(self, name: str, mmap: bool = True) -> np.ndarray:
-        """The array saved under `name`, memory-mapped read-only unless `mmap` is off."""
+        """The array saved under `name`, memory-mapped read-only unless `mmap` is off.
+
+        A plain array over the map: NumPy's `memmap` makes each small slice cost 3 times as much.
+        """
         file = self.path / f"{name}.npy"
         try:
-            return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+            return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False).view(np.ndarray)
         except ValueError as error:
             raise Damaged(
                 f"{file}: not a NumPy array file ({error}). {_make_again(self.kind, self.path)}"
@@ -85,8 +88,13 @@ class Manifest:
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], kind: str) -> Iterator[Folder]:
+def writing(
+    path: str | os.PathLike[str], kind: str, then: Callable[[Path], object] | None = None
+) -> Iterator[Folder]:
     """Write a folder of this kind to `path`, replacing an older one only once the new one is complete.
+
+    `then` is called with the finished folder before it takes its place, and may put folders into it that are
+    made from it (the index of a model), so that both appear at once; they are no part of its manifest.
 
     On an error inside the block nothing is left behind and an older folder stays as it was. Of several
     writers to one path, the last to finish stays. Raises `NotSaved` or `Mismatch` when something other than
@@ -102,6 +110,8 @@ def writing(path: str | os.PathLike[str], kind: str) -> Iterator[Folder]:
         folder = Folder(partial)
         yield folder
         _write_manifest(folder, kind)
+        if then is not None:
+            then(partial)
         check_replaceable(target, kind)
         _move_into_place(partial, target)
     finally:

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,14 @@ from longretriever import (
 )
 from longretriever.cli import app
 from longretriever.model.config import VectorLearning
+from longretriever.serve import wire
+from longretriever.serve.app import create
+from longretriever.serve.settings import Settings
+from tests.serve.running import serving
 
 ROOT = Path(__file__).parents[1]
+SERVED = "http://127.0.0.1:8000"
+"""Where a page says that a server is."""
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
 }
@@ -71,8 +78,11 @@ def test_the_python_of_a_page_runs(page, prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     session: dict[str, object] = {"__name__": "page"}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), session)
+    asks = any(SERVED in block for block in blocks(page, "python"))
+    with serving(prepared / "model", tmp_path) if asks else nullcontext() as server:
+        for block in blocks(page, "python"):
+            text = block.replace(SERVED, server.url) if server else block
+            exec(compile(text, page, "exec"), session)
 
 
 def test_the_page_about_the_market_says_everything(prepared):
@@ -203,3 +213,19 @@ def test_links_lead_somewhere(page):
         assert found.exists(), f"{page}: {target}"
         if anchor and found.suffix == ".md":
             assert anchor in anchors(str(found.resolve().relative_to(ROOT))), f"{page}: {target}"
+
+
+# -- the wire
+
+
+def test_every_field_and_path_of_the_service_is_on_its_page():
+    page = PAGES["docs/serve.md"]
+    for field in wire.RetrieveAsked.model_fields:
+        assert f"`{field}`" in page or f"`{field}." in page, field
+    for answer in (wire.Answer, wire.CandidateFound, wire.ContextAsked):
+        for name in answer.__struct_fields__:
+            assert f"`{name}`" in page, name
+    for path in create(Settings("model")).openapi()["paths"]:
+        assert re.sub(r"{\w+}", "{id}", path) in page, path
+    for metric in ("requests", "refused", "fallbacks", "events", "reloads"):
+        assert f"longretriever_{metric}_total" in page

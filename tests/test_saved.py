@@ -50,7 +50,7 @@ def test_what_is_written_is_read(tmp_path):
     assert manifest.facts == {"value": 1}
     assert manifest.made_from == {"log": "abc"}
     assert set(manifest.files) == {"small.npy", "big.npy", "inner/note.txt"}
-    assert isinstance(manifest.load_array("big"), np.memmap)
+    assert isinstance(manifest.load_array("big").base, np.memmap)
     assert not hidden(tmp_path / "deep" / "store")
 
 

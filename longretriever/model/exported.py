@@ -113,6 +113,8 @@ class Model:
         """
         length = np.array([len(r.behaviors.item) for r in requests])
         bucket = np.searchsorted(_WIDTHS, length)
+        if len(requests) and (bucket == bucket[0]).all():
+            return self._of_alike(requests)
         parts = [np.flatnonzero(bucket == b) for b in np.unique(bucket)]
         found = [self._of_alike([requests[i] for i in part]) for part in parts]
         order = np.argsort(np.concatenate(parts))
@@ -121,8 +123,9 @@ class Model:
         shares = None
         if parted:
             widest = max(s.shape[1] for s in parted)
-            padded = [np.pad(s, ((0, 0), (0, widest - s.shape[1]))) for s in parted]
-            shares = np.concatenate(padded)[order]
+            shares = np.zeros((len(requests), widest), np.float32)
+            for part, one in zip(parts, parted, strict=True):
+                shares[part, : one.shape[1]] = one
         return UserVectors(user, interests, shares)
 
     def _of_alike(self, requests: list[Request]) -> UserVectors:
@@ -146,22 +149,28 @@ class Model:
             "length": length,
             "profile": np.array([r.profile for r in requests], np.int64).reshape(n, -1),
             "context": self.category_token[category] * (category >= 0)[:, None],
-            "since": np.zeros((n, 2), np.int64),
+            "since": np.zeros((n, 2)),
             "recent": np.zeros((n, R, d), np.float32),
             "recent_count": np.array([len(r.recent.item[-R:]) if R else 0 for r in requests], np.int64),
             "whole": np.array([r.category < 0 for r in requests]),
         }
+        every = Behaviors(*map(np.concatenate, zip(*(r.behaviors for r in requests), strict=True)))
+        row = np.repeat(np.arange(n), length)
+        at = row, np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)
+        now = np.array([r.now for r in requests])
+        feed["behavior"][at] = self.tokens(every)
+        feed["kind"][at] = every.kind
+        feed["age"][at] = age_class(now[row] - every.time)
         newest: dict[int, np.ndarray] = {}  # the contexts of one user share their recent behaviors
         for i, r in enumerate(requests):
-            feed["behavior"][i, : length[i]] = self.tokens(r.behaviors)
-            feed["kind"][i, : length[i]] = r.behaviors.kind
-            feed["age"][i, : length[i]] = age_class(r.now - r.behaviors.time)
             for j, past in enumerate((r.behaviors, r.recent)):
                 if len(past.time):
-                    feed["since"][i, j] = age_class(r.now - past.time[-1:])[0]
+                    feed["since"][i, j] = now[i] - past.time[-1]
             if id(r.recent) not in newest:
                 newest[id(r.recent)] = self.tokens(r.recent)[::-1]
             feed["recent"][i, : len(r.recent.item)] = newest[id(r.recent)][:R]
+        there = np.array([[len(r.behaviors.time), len(r.recent.time)] for r in requests]) > 0
+        feed["since"] = age_class(feed["since"]) * there
         return {k: v for k, v in feed.items() if k in self._inputs}
 
 

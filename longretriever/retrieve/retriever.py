@@ -298,25 +298,30 @@ class Retriever:
         With shares, an item that the user met in the context gets those of its behaviors beside what its
         vector earns it.
         """
-        item, cosine = found.item[found.item >= 0], found.cosine[found.item >= 0]
-        met = row.behaviors.item
-        if row.category != CORPUS:  # an item may have been of another category when the model was trained
-            low, high = self.model.category_start[row.category : row.category + 2]
-            met = np.where((low <= met) & (met < high), met, -1)
+        there = int(np.count_nonzero(found.item >= 0))  # the rest is padding
+        item, cosine = found.item[:there], found.cosine[:there]
         if log_shares is not None:
-            past = np.unique(met[met >= 0])
-            missing = past[~np.isin(past, item)]
-            item = np.concatenate([item, missing])
-            cosine = np.concatenate([cosine, self.model.item_vectors(missing) @ found.user])
+            met, places, missing = _met_among(item, self._met(row))
+            if len(missing):
+                item = np.concatenate([item, missing])
+                cosine = np.concatenate([cosine, self.model.item_vectors(missing) @ found.user])
         log_prob = found.scale * cosine.astype(np.float64) - found.normaliser
         if log_shares is not None:
             log_prob += log_shares[0]
-            log_prob = _with_returns(item, log_prob, met, log_shares[1:])
+            np.logaddexp.at(log_prob, places, log_shares[1:][met])
         if len(unwanted):
             keep = ~np.isin(item, unwanted)
             item, cosine, log_prob = item[keep], cosine[keep], log_prob[keep]
         best = slice(0, k) if log_shares is None else np.argsort(-log_prob, kind="stable")[:k]
         return item[best], cosine[best], log_prob[best]
+
+    def _met(self, row: Request) -> np.ndarray:
+        """[n] the items of the row's behaviors; -1 for one that was of another category in training."""
+        met = row.behaviors.item
+        if row.category == CORPUS:
+            return met
+        low, high = self.model.category_start[row.category : row.category + 2]
+        return np.where((low <= met) & (met < high), met, -1)
 
     def _unwanted(self, rows: list[Request], lives: Sequence[Life], ruled: Ruled) -> list[np.ndarray]:
         """For each row, item numbers of its category that must not come back."""
@@ -463,16 +468,19 @@ def _shared(log_shares: np.ndarray, returns: float | None) -> np.ndarray:
         return np.append(np.log(1 - returns), log_shares[1:] + factor)
 
 
-def _with_returns(
-    item: np.ndarray, log_prob: np.ndarray, met: np.ndarray, log_share: np.ndarray
-) -> np.ndarray:
-    """Log probabilities of items, to which the shares of the behaviors `met` are added."""
-    order = np.argsort(item)
+def _met_among(item: np.ndarray, met: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which behaviors are of an item that counts (not -1), where it stands, and the items that are not there.
+
+    Those are to be put behind the others, in order of their numbers, so their places begin there.
+    """
     known = np.flatnonzero(met >= 0)
-    at = order[np.searchsorted(item, met[known], sorter=order)]
-    returned = np.full(len(item), -np.inf)
-    np.logaddexp.at(returned, at, log_share[known])
-    return np.logaddexp(log_prob, returned)
+    order = np.argsort(item)
+    at = np.searchsorted(item, met[known], sorter=order)
+    places = order[np.minimum(at, len(item) - 1)] if len(item) else np.zeros(len(known), np.int64)
+    absent = item[places] != met[known] if len(item) else np.ones(len(known), bool)
+    missing, nth = np.unique(met[known[absent]], return_inverse=True)
+    places[absent] = len(item) + nth
+    return known, places, missing
 
 
 def _opened(model: Model, index: str | os.PathLike[str], exact: bool, verify: bool) -> Index | ExactIndex:

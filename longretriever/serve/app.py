@@ -84,7 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
-    await asyncio.to_thread(app.state.work.close)
+    app.state.work.close()
     await asyncio.to_thread(app.state.journal.close)
     log.info("stopped")
 
@@ -96,11 +96,11 @@ _ASK = {"WWW-Authenticate": "Bearer"}
 _Given = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def _may_read(request: Request, given: _Given) -> None:
+async def _may_read(request: Request, given: _Given) -> None:
     _check_key(request, given, request.app.state.readers, "read")
 
 
-def _may_write(request: Request, given: _Given) -> None:
+async def _may_write(request: Request, given: _Given) -> None:
     _check_key(request, given, request.app.state.writers, "write")
 
 
@@ -196,7 +196,7 @@ def _limited(field: str, given: int, most: int) -> None:
 async def retrieve(request: Request, asked: wire.RetrieveAsked) -> Response:
     """Candidates for one user: his whole life up to now, the events of a moment ago included."""
     _limited("k", asked.k, request.app.state.settings.k)
-    answer = await request.app.state.work.do(_serving(request).retrieve, asked)
+    answer = await request.app.state.work.short(_serving(request).retrieve, asked)
     for name, milliseconds in answer.timings.items():
         metrics.stage.labels(name).observe(milliseconds / 1e3)
     if answer.fallback:
@@ -209,7 +209,7 @@ async def retrieve_batch(request: Request, asked: wire.BatchAsked) -> Response:
     settings = request.app.state.settings
     _limited("k", asked.k, settings.k)
     _limited("user_ids", len(asked.user_ids), settings.batch)
-    return _json(await request.app.state.work.do(_serving(request).retrieve_many, asked))
+    return _json(await request.app.state.work.long(_serving(request).retrieve_many, asked))
 
 
 async def events(request: Request, sent: wire.EventsSent | wire.EventSent) -> Response:
@@ -221,7 +221,7 @@ async def events(request: Request, sent: wire.EventsSent | wire.EventSent) -> Re
     if journal.waiting > settings.queue:
         metrics.refused.labels("journal").inc()
         raise Busy
-    checked = await request.app.state.work.do(_serving(request).events, one_or_more, time.time())
+    checked = await request.app.state.work.short(_serving(request).events, one_or_more, time.time())
     written = await asyncio.wrap_future(journal.append(checked))
     metrics.events.labels("accepted").inc(written.accepted)
     metrics.events.labels("duplicate").inc(written.duplicates)
@@ -241,7 +241,7 @@ async def users(
     seed: Annotated[int, Query(ge=0, lt=1 << 53)] = 0,
 ) -> Response:
     """Users whose ids begin so; some drawn by `seed` where nothing is said."""
-    return _json(await request.app.state.work.do(inspection.users, _serving(request), like, limit, seed))
+    return _json(await request.app.state.work.long(inspection.users, _serving(request), like, limit, seed))
 
 
 async def user(
@@ -255,7 +255,7 @@ async def user(
     """A user's life: by category over time, with the interest in each, and the newest behaviors."""
     serving = _serving(request)
     of = as_id(user_id, serving.store.user_ids.values), now, spans, recent, categories
-    return _json(await request.app.state.work.do(inspection.life, serving, *of))
+    return _json(await request.app.state.work.long(inspection.life, serving, *of))
 
 
 async def forget(request: Request, user_id: str) -> Response:
@@ -269,7 +269,7 @@ async def similar(request: Request, item_id: str, k: Annotated[int, Query(ge=1, 
     """Items of the same category whose vectors are nearest."""
     serving = _serving(request)
     of = as_id(item_id, serving.model.items[ITEM])
-    return _json(await request.app.state.work.do(inspection.similar, serving, of, k))
+    return _json(await request.app.state.work.long(inspection.similar, serving, of, k))
 
 
 async def items(
@@ -277,18 +277,18 @@ async def items(
 ) -> Response:
     """Items by the beginning of their id or a part of their title."""
     of = like, category_id, limit
-    return _json(await request.app.state.work.do(inspection.items, _serving(request), *of))
+    return _json(await request.app.state.work.long(inspection.items, _serving(request), *of))
 
 
 async def categories(request: Request, like: _Like = None, limit: _Limit = 100) -> Response:
     """Categories, those of most items first."""
-    return _json(await request.app.state.work.do(inspection.categories, _serving(request), like, limit))
+    return _json(await request.app.state.work.long(inspection.categories, _serving(request), like, limit))
 
 
 async def model(request: Request) -> Response:
     """What is served, how ids are written, and the limits of requests."""
     limits = request.app.state.settings.limits
-    return _json(await request.app.state.work.do(inspection.facts, _serving(request), limits))
+    return _json(await request.app.state.work.long(inspection.facts, _serving(request), limits))
 
 
 async def reload(request: Request) -> Response:

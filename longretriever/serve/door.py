@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -104,35 +106,79 @@ class OutOfTime(Exception):
 
 
 class Workroom:
-    """Threads that work on requests, and a queue of limited length before them."""
+    """Where requests are worked on, and wait for it in a queue of limited length.
+
+    Short work is done one at a time on the event loop itself, between looks at the network: on a thread
+    beside it, the two would fight for Python's lock, and each answer wait for it. Long work goes to threads,
+    so that the loop stays free.
+    """
 
     def __init__(self, threads: int, queue: int, seconds: float) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="request")
-        self._room, self._inside, self._seconds = threads + queue, 0, seconds
+        self._queue, self._seconds, self._room = queue, seconds, threads + queue
+        self._waiting: deque[tuple[float, Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._long = 0
+        self._woken = asyncio.Event()
+        self._worker = asyncio.create_task(self._work())
 
-    async def do(self, work: Callable[..., T], *given: Any) -> T:
+    async def short(self, work: Callable[..., T], *given: Any) -> T:
         """The result of `work(*given)`. Raises `Busy`, `OutOfTime`, and what the work raises."""
-        if self._inside >= self._room:
-            metrics.refused.labels("queue").inc()
-            raise Busy
-        future = self._pool.submit(work, *given)
-        self._inside += 1
-        metrics.waiting.inc()
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._leave))
+        if len(self._waiting) > self._queue:
+            raise _busy()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((time.monotonic() + self._seconds, partial(work, *given), done))
+        self._woken.set()
+        with metrics.waiting.track_inprogress():
+            return await done
+
+    async def _work(self) -> None:
+        while True:
+            await self._woken.wait()
+            while self._waiting:
+                _do(*self._waiting.popleft())
+                await asyncio.sleep(0)  # to the network
+            self._woken.clear()
+
+    async def long(self, work: Callable[..., T], *given: Any) -> T:
+        """The same on a thread."""
+        if self._long >= self._room:
+            raise _busy()
         loop = asyncio.get_running_loop()
+        future = self._pool.submit(work, *given)
+        self._long += 1
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._leave))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._seconds)
+            with metrics.waiting.track_inprogress():
+                return await asyncio.wait_for(asyncio.wrap_future(future), self._seconds)
         except TimeoutError:
             metrics.refused.labels("time").inc()
             raise OutOfTime from None
 
     def _leave(self) -> None:
         """Work that ran out of time still holds its thread until it ends, so it counts until then."""
-        self._inside -= 1
-        metrics.waiting.dec()
+        self._long -= 1
 
     def close(self) -> None:
+        self._worker.cancel()
         self._pool.shutdown(wait=True)
+
+
+def _do(deadline: float, work: Callable[[], Any], done: asyncio.Future[Any]) -> None:
+    if done.cancelled():
+        return
+    if time.monotonic() > deadline:
+        metrics.refused.labels("time").inc()
+        done.set_exception(OutOfTime())
+        return
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)
+
+
+def _busy() -> Busy:
+    metrics.refused.labels("queue").inc()
+    return Busy()
 
 
 class Keys:

@@ -29,7 +29,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
-    threads: int = 2  # requests of a worker that are worked on at once
+    threads: int = 2  # of a worker, for batches and what people look at; other requests take turns
     read_keys: tuple[str, ...] = ()
     write_keys: tuple[str, ...] = ()  # may read too
     queue: int = 64  # requests of a worker that wait, beyond which the answer is 503

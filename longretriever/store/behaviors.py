@@ -74,7 +74,7 @@ class Ids:
         return at if at < len(self.values) and self.values[at].as_py() == key else None
 
     def take(self, numbers: np.ndarray | Sequence[int]) -> list[Any]:
-        return self.values.take(pa.array(np.asarray(numbers, dtype=np.int64))).to_pylist()
+        return _taken(self.values, numbers)
 
 
 class ItemIds:
@@ -98,7 +98,14 @@ class ItemIds:
         return None if number is None else int(order[number])
 
     def take(self, numbers: np.ndarray | Sequence[int]) -> list[Any]:
-        return self.column.take(pa.array(np.asarray(numbers, dtype=np.int64))).to_pylist()
+        return _taken(self.column, numbers)
+
+
+def _taken(column: pa.Array | pa.ChunkedArray, numbers: np.ndarray | Sequence[int]) -> list[Any]:
+    found = column.take(pa.array(np.asarray(numbers, dtype=np.int64)))
+    if pa.types.is_integer(column.type):  # no ids are null; five times as fast
+        return found.to_numpy().tolist()
+    return found.to_pylist()
 
 
 class _Lazy:
@@ -275,9 +282,14 @@ class Store:
         rows = self.rows_of(user)
         if rows.stop == rows.start:
             return np.empty(0, np.int32), np.empty(0)
-        age = now - self.event_time[rows].astype(np.float64)
-        counts = (age > 0) & (age <= now - since)
-        weight = np.where(counts, SECONDS_PER_DAY / np.maximum(age, floor), 0.0)
+        age = np.subtract(now, self.event_time[rows], dtype=np.float64)
+        future = age <= 0 if age.min() <= 0 else None  # a long life is read as few times as can be
+        weight = np.maximum(age, floor)
+        np.divide(SECONDS_PER_DAY, weight, out=weight)
+        if future is not None:
+            weight[future] = 0.0
+        if since > -np.inf:
+            weight[age > now - since] = 0.0
         score = np.add.reduceat(weight, self.group_start[first:last] - rows.start)
         met = score > 0
         return np.asarray(self.group_category[first:last])[met], score[met]

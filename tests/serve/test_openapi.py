@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: Schemathesis makes requests of it, right and wrong, and checks all answers."""
+"""The OpenAPI document is true: Schemathesis makes requests of it, right and wrong, and checks answers."""
 
 from __future__ import annotations
 

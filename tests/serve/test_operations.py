@@ -86,24 +86,35 @@ def test_what_cannot_be_served_is_said_before_it_starts(tmp_path, model):
 
 
 def test_the_queue_is_bounded_and_time_is_limited():
-    async def scene() -> None:
+    async def long() -> None:
         room = Workroom(threads=1, queue=1, seconds=0.2)
         release = threading.Event()
-        held = [asyncio.create_task(room.do(release.wait)) for _ in range(2)]
+        held = [asyncio.create_task(room.long(release.wait)) for _ in range(2)]
         await asyncio.sleep(0.05)
         with pytest.raises(Busy):
-            await room.do(int)
+            await room.long(int)
         for task in held:
             with pytest.raises(OutOfTime):
                 await task
         with pytest.raises(Busy):  # the thread is still taken
-            await asyncio.gather(room.do(int), room.do(int))
+            await asyncio.gather(room.long(int), room.long(int))
         release.set()
         await asyncio.sleep(0.05)
-        assert await room.do(int) == 0
+        assert await room.long(int) == 0
         room.close()
 
-    asyncio.run(scene())
+    async def short() -> None:
+        room = Workroom(threads=1, queue=1, seconds=0.05)
+        asked = [asyncio.create_task(room.short(time.sleep, 0.1)) for _ in range(4)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(one) for one in found] == [type(None), OutOfTime, Busy, Busy]
+        with pytest.raises(ZeroDivisionError):
+            await room.short(lambda: 1 / 0)
+        assert await room.short(int) == 0
+        room.close()
+
+    asyncio.run(long())
+    asyncio.run(short())
 
 
 def test_a_full_queue_answers_503_and_says_when_to_come_again(model, tmp_path):

@@ -47,7 +47,13 @@ async function sent(method, to, body, signal) {
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (key !== null) headers.Authorization = `Bearer ${key}`;
   try {
-    return await fetch(ROOT + to, { method, headers, body: body && JSON.stringify(body), signal, credentials: "same-origin" });
+    return await fetch(ROOT + to, {
+      method,
+      headers,
+      body: body && JSON.stringify(body),
+      signal,
+      credentials: "same-origin",
+    });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused(0, "The server cannot be reached.");
@@ -61,7 +67,8 @@ async function read(response) {
 
 async function reason(response) {
   const said = await response.json().catch(() => null);
-  const detail = typeof said?.detail === "string" ? said.detail : `The server answered ${response.status} ${response.statusText}.`;
+  const detail =
+    typeof said?.detail === "string" ? said.detail : `The server answered ${response.status} ${response.statusText}.`;
   const points = said?.errors ?? [];
   return new Refused(response.status, detail, points.length > 1 ? points.map(point) : []); // the detail says the first
 }

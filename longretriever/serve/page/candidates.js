@@ -1,6 +1,6 @@
 // What was found, and why is each there? By context or as one list; and what changed since the list before.
 
-import { bar, byId, h, named, refill } from "./dom.js";
+import { bar, byId, h, moreButton, named, refill } from "./dom.js";
 import { byShare, nameOf } from "./contexts.js";
 import { cosine, count, counted, day, decimal, percent } from "./format.js";
 
@@ -25,7 +25,15 @@ export function compared(before, candidates) {
 }
 
 export const inWords = ({ added, left, up, down }) =>
-  [[added, "new"], [left, "gone"], [up, "up"], [down, "down"]].filter(([n]) => n).map(([n, what]) => `${count(n)} ${what}`).join(", ") || "nothing changed";
+  [
+    [added, "new"],
+    [left, "gone"],
+    [up, "up"],
+    [down, "down"],
+  ]
+    .filter(([n]) => n)
+    .map(([n, what]) => `${count(n)} ${what}`)
+    .join(", ") || "nothing changed";
 
 /**
  * @param kind     () -> the kind of behavior that the button beside a candidate adds
@@ -34,7 +42,9 @@ export const inWords = ({ added, left, up, down }) =>
  */
 export function candidatesView({ paint, kind, add, similar }) {
   const root = byId("candidates-list");
-  let answer = null, changes = new Map(), view = "contexts";
+  let answer = null;
+  let changes = new Map();
+  let view = "contexts";
   let shown = new Map(); // of each group, how many are shown
   let open = new Set(); // items whose similar items are shown
 
@@ -51,52 +61,113 @@ export function candidatesView({ paint, kind, add, similar }) {
   }
 
   function list() {
-    const most = shown.get("list") ?? OF_LIST, { candidates } = answer;
+    const most = shown.get("list") ?? OF_LIST;
+    const { candidates } = answer;
     return [
-      h("ol", { class: "found" }, candidates.slice(0, most).map((one) => candidate(one, true))),
+      h(
+        "ol",
+        { class: "found" },
+        candidates.slice(0, most).map((one) => candidate(one, true)),
+      ),
       more("list", most, OF_LIST, candidates.length),
     ];
   }
 
   function groups() {
     const of = Map.groupBy ? Map.groupBy(answer.candidates, (one) => one.context) : grouped(answer.candidates);
-    return byShare(answer).filter((context) => of.has(context.index)).map((context) => group(context, of.get(context.index)));
+    return byShare(answer)
+      .filter((context) => of.has(context.index))
+      .map((context) => group(context, of.get(context.index)));
   }
 
   function group(context, candidates) {
-    const name = nameOf(context), most = shown.get(name) ?? OF_GROUP, whole = context.category_id === null;
+    const name = nameOf(context);
+    const most = shown.get(name) ?? OF_GROUP;
+    const whole = context.category_id === null;
+    const found = counted(candidates.length, "candidate");
+    const from = counted(context.behaviors, "behavior");
+    const facts = `${percent(context.share)} of the answer · ${found} · from ${from}`;
     return h(
-      "section", { class: "group", "aria-label": whole ? name : `Context ${name}` },
-      h("h3", {}, named(name, paint(context.category_id)),
-        h("span", { class: "quiet" }, `${percent(context.share)} of the answer · ${counted(candidates.length, "candidate")} · from ${counted(context.behaviors, "behavior")}`)),
-      h("ol", { class: "found" }, candidates.slice(0, most).map((one) => candidate(one, whole))),
+      "section",
+      { class: "group", "aria-label": whole ? name : `Context ${name}` },
+      h("h3", {}, named(name, paint(context.category_id)), h("span", { class: "quiet" }, facts)),
+      h(
+        "ol",
+        { class: "found" },
+        candidates.slice(0, most).map((one) => candidate(one, whole)),
+      ),
       more(name, most, most === OF_GROUP ? 20 : 50, candidates.length),
     );
   }
 
   function more(name, most, step, all) {
     const hidden = all - most;
-    if (hidden <= 0) return h("span");
-    return h("button", { type: "button", class: "plain", "data-key": `more-${name}`, on: { click: () => (shown.set(name, most + step), draw()) } },
-      hidden <= step ? `Show ${count(hidden)} more` : `Show ${count(step)} of ${count(hidden)} more`);
+    if (hidden <= 0) return "";
+    const text = hidden <= step ? `Show ${count(hidden)} more` : `Show ${count(step)} of ${count(hidden)} more`;
+    return moreButton(name, text, () => (shown.set(name, most + step), draw()));
   }
 
   function candidate(one, withCategory) {
-    const title = one.title ?? `item ${one.item_id}`, id = `like-${one.item_id}`;
+    const title = one.title ?? `item ${one.item_id}`;
+    const id = `like-${one.rank}`;
+    const of = h(
+      "span",
+      { class: "in" },
+      h("span", { class: `dot ${paint(one.category_id)}` }),
+      String(one.category_id),
+    );
     const about = h("div", { class: "about", id, hidden: true });
-    const button = h("button", {
-      type: "button", class: "title", "aria-expanded": "false", "aria-controls": id, "data-key": `title-${one.item_id}`,
-      on: { click: () => unfold(one, button, about, button.getAttribute("aria-expanded") === "false") },
-    }, title);
+    const button = h(
+      "button",
+      {
+        type: "button",
+        class: "title",
+        "aria-expanded": "false",
+        "aria-controls": id,
+        "data-key": `title-${one.item_id}`,
+        on: { click: () => unfold(one, button, about, button.getAttribute("aria-expanded") === "false") },
+      },
+      title,
+    );
     if (open.has(one.item_id)) unfold(one, button, about, true);
     return h(
-      "li", { class: "candidate", "data-item": String(one.item_id) },
-      h("span", { class: "rank" }, h("span", { class: "hidden" }, "rank "), count(one.rank), mark(changes.get(one.item_id))),
-      h("span", { class: "what" }, button,
-        h("span", { class: "quiet" }, withCategory ? [h("span", { class: "in" }, h("span", { class: `dot ${paint(one.category_id)}` }), String(one.category_id)), " · "] : null, String(one.item_id))),
-      h("span", { class: "score", title: "what the merge ordered by" }, h("span", { class: "hidden" }, "score "), decimal(one.score)),
+      "li",
+      { class: "candidate", "data-item": String(one.item_id) },
+      h(
+        "span",
+        { class: "rank" },
+        h("span", { class: "hidden" }, "rank "),
+        count(one.rank),
+        mark(changes.get(one.item_id)),
+      ),
+      h(
+        "span",
+        { class: "what" },
+        button,
+        h("span", { class: "quiet" }, withCategory ? [of, " · "] : "", String(one.item_id)),
+      ),
+      h(
+        "span",
+        { class: "score", title: "what the merge ordered by" },
+        h("span", { class: "hidden" }, "score "),
+        decimal(one.score),
+      ),
       reasons(one),
-      h("span", { class: "act" }, h("button", { type: "button", class: "small", "data-key": `add-${one.item_id}`, "aria-label": `Add an event: ${kind() || "met"} ${title}`, on: { click: () => add(one) } }, `+ ${kind() || "met"}`)),
+      h(
+        "span",
+        { class: "act" },
+        h(
+          "button",
+          {
+            type: "button",
+            class: "small",
+            "data-key": `add-${one.item_id}`,
+            "aria-label": `Add an event: ${kind() || "met"} ${title}`,
+            on: { click: () => add(one) },
+          },
+          `+ ${kind() || "met"}`,
+        ),
+      ),
       about,
     );
   }
@@ -104,19 +175,39 @@ export function candidatesView({ paint, kind, add, similar }) {
   function mark(change) {
     if (change === undefined || change === 0) return null;
     if (change === "new") return h("span", { class: "moved new" }, "new");
-    const up = change > 0, places = count(Math.abs(change));
-    return h("span", { class: `moved ${up ? "up" : "down"}` }, h("span", { class: "hidden" }, up ? "up " : "down "), h("span", { "aria-hidden": "true" }, up ? "▲" : "▼"), places);
+    const up = change > 0;
+    const places = count(Math.abs(change));
+    return h(
+      "span",
+      { class: `moved ${up ? "up" : "down"}` },
+      h("span", { class: "hidden" }, up ? "up " : "down "),
+      h("span", { "aria-hidden": "true" }, up ? "▲" : "▼"),
+      places,
+    );
   }
 
   function reasons(one) {
     if (!one.reasons?.length) return h("span", { class: "why quiet" }, "no behavior spoke for it");
-    return h("ul", { class: "why", "aria-label": "because the user met" }, one.reasons.map((reason) =>
-      h("li", { title: `similarity ${decimal(reason.similarity, 3)}` },
-        bar(reason.similarity, paint(one.category_id)),
-        h("span", { class: "cosine" }, cosine(reason.similarity)),
-        h("span", { class: "label" },
-          String(reason.item_id) === String(one.item_id) && reason.similarity > SAME ? h("em", {}, "this very item") : (reason.title ?? `item ${reason.item_id}`)),
-        h("span", { class: "quiet" }, [reason.behavior, day(reason.timestamp)].filter(Boolean).join(" · ")))));
+    return h(
+      "ul",
+      { class: "why", "aria-label": "because the user met" },
+      one.reasons.map((reason) =>
+        h(
+          "li",
+          { title: reason.title },
+          bar(reason.similarity, paint(one.category_id)),
+          h("span", { class: "cosine" }, cosine(reason.similarity)),
+          h(
+            "span",
+            { class: "label" },
+            String(reason.item_id) === String(one.item_id) && reason.similarity > SAME
+              ? h("em", {}, "this very item")
+              : (reason.title ?? `item ${reason.item_id}`),
+          ),
+          h("span", { class: "quiet" }, [reason.behavior, day(reason.timestamp)].filter(Boolean).join(" · ")),
+        ),
+      ),
+    );
   }
 
   async function unfold(one, button, about, wanted) {
@@ -136,14 +227,31 @@ export function candidatesView({ paint, kind, add, similar }) {
     const facts = [
       one.cosine !== undefined && `cosine with the user ${decimal(one.cosine, 3)}`,
       one.log_prob !== undefined && `log P(item | user, context) ${decimal(one.log_prob)}`,
-    ].filter(Boolean).join(" · ");
+    ]
+      .filter(Boolean)
+      .join(" · ");
     return [
       h("p", { class: "quiet" }, facts),
       h("h4", {}, `Similar items in ${one.category_id}`),
       items.length
-        ? h("ol", { class: "similar" }, items.map((item) =>
-          h("li", {}, bar(item.similarity, paint(one.category_id)), h("span", { class: "cosine" }, cosine(item.similarity)),
-            h("span", { class: "label" }, item.title ?? `item ${item.item_id}`, h("span", { class: "quiet" }, ` ${item.item_id}`)))))
+        ? h(
+            "ol",
+            { class: "similar" },
+            items.map((item) =>
+              h(
+                "li",
+                {},
+                bar(item.similarity, paint(one.category_id)),
+                h("span", { class: "cosine" }, cosine(item.similarity)),
+                h(
+                  "span",
+                  { class: "label" },
+                  item.title ?? `item ${item.item_id}`,
+                  h("span", { class: "quiet" }, ` ${item.item_id}`),
+                ),
+              ),
+            ),
+          )
         : h("p", { class: "quiet" }, "No other item is in this category."),
     ];
   }

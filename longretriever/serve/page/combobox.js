@@ -12,12 +12,26 @@ const WAIT = 120; // milliseconds after the last key
  * @param left    called when the field is left
  */
 export function combobox(input, { search, pick, free = false, left = () => {}, name }) {
-  const list = h("ul", { class: "options", role: "listbox", id: `${input.id}-options`, "aria-label": name, hidden: true });
+  const list = h("ul", {
+    class: "options",
+    role: "listbox",
+    id: `${input.id}-options`,
+    "aria-label": name,
+    hidden: true,
+  });
   input.after(list);
-  for (const [attribute, value] of [["role", "combobox"], ["aria-autocomplete", "list"], ["aria-expanded", "false"], ["aria-controls", list.id]]) {
+  for (const [attribute, value] of [
+    ["role", "combobox"],
+    ["aria-autocomplete", "list"],
+    ["aria-expanded", "false"],
+    ["aria-controls", list.id],
+  ]) {
     input.setAttribute(attribute, value);
   }
-  let found = [], active = -1, timer = 0, stop = new AbortController();
+  let found = [];
+  let active = -1;
+  let timer = 0;
+  let stop = new AbortController();
 
   function show(open) {
     list.hidden = !open;
@@ -59,7 +73,12 @@ export function combobox(input, { search, pick, free = false, left = () => {}, n
     }
     list.replaceChildren(
       ...found.map(({ label, note }, i) =>
-        h("li", { role: "option", id: `${list.id}-${i}`, "aria-selected": "false" }, h("span", {}, label), h("span", { class: "quiet" }, note)),
+        h(
+          "li",
+          { role: "option", id: `${list.id}-${i}`, "aria-selected": "false" },
+          h("span", {}, label),
+          h("span", { class: "quiet" }, note),
+        ),
       ),
     );
     active = -1;

@@ -1,6 +1,6 @@
 // Which contexts were asked about, and what came of each?
 
-import { bar, byId, h, named, refill } from "./dom.js";
+import { bar, byId, h, moreButton, named, refill } from "./dom.js";
 import { count, counted, percent } from "./format.js";
 
 const FIRST = 8; // contexts shown at first
@@ -10,11 +10,14 @@ export const nameOf = (context) => (context.category_id === null ? "All items" :
 
 /** The contexts of an answer with their place in it, the largest part of the answer first. */
 export const byShare = (answer) =>
-  answer.contexts.map((context, index) => ({ ...context, index })).sort((a, b) => b.share - a.share || a.index - b.index);
+  answer.contexts
+    .map((context, index) => ({ ...context, index }))
+    .sort((a, b) => b.share - a.share || a.index - b.index);
 
 export function contextsView({ paint, buttons }) {
   const root = byId("contexts-table");
-  let answer = null, all = false;
+  let answer = null;
+  let all = false;
 
   function show(given) {
     all &&= given.user_id === answer?.user_id;
@@ -24,25 +27,51 @@ export function contextsView({ paint, buttons }) {
     const widest = Math.max(...contexts.map((context) => context.share), 1e-9);
     const shown = all ? contexts : contexts.slice(0, FIRST);
     const table = h(
-      "table", {},
-      h("thead", {}, h("tr", {},
-        h("th", { scope: "col" }, "Category"),
-        h("th", { scope: "col", class: "part", title: "of the answer's probability; all together are 100%" }, "Part of the answer"),
-        h("th", { scope: "col", class: "n p", title: "P(category | user), as foreseen or by Equation 3" }, "P(category)"),
-        h("th", { scope: "col", class: "n", title: "that the user vector was made from" }, "Behaviors"),
-        h("th", { scope: "col", class: "n" }, "Candidates"),
-        h("th", { scope: "col" }, h("span", { class: "hidden" }, "Rules")))),
-      h("tbody", {}, shown.map((context) => row(context, widest))),
+      "table",
+      {},
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          h("th", { scope: "col" }, "Category"),
+          h(
+            "th",
+            { scope: "col", class: "part", title: "of the answer's probability; all together are 100%" },
+            "Part of the answer",
+          ),
+          h(
+            "th",
+            { scope: "col", class: "n p", title: "P(category | user), as foreseen or by Equation 3" },
+            "P(category)",
+          ),
+          h("th", { scope: "col", class: "n", title: "that the user vector was made from" }, "Behaviors"),
+          h("th", { scope: "col", class: "n" }, "Candidates"),
+          h("th", { scope: "col" }, h("span", { class: "hidden" }, "Rules")),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        shown.map((context) => row(context, widest)),
+      ),
     );
-    refill(root, table, more(contexts) || h("span"));
+    refill(root, table, more(contexts));
   }
 
   function row(context, widest) {
-    const name = nameOf(context), color = paint(context.category_id);
+    const name = nameOf(context);
+    const color = paint(context.category_id);
     return h(
-      "tr", { "data-row": "as-chosen" },
+      "tr",
+      { "data-row": "as-chosen" },
       h("th", { scope: "row" }, named(name, color)),
-      h("td", {}, h("span", { class: "value" }, bar(context.share / widest, color), h("span", {}, percent(context.share)))),
+      h(
+        "td",
+        {},
+        h("span", { class: "value" }, bar(context.share / widest, color), h("span", {}, percent(context.share))),
+      ),
       h("td", { class: "n p" }, context.category_id === null ? "–" : percent(context.score)),
       h("td", { class: "n" }, count(context.behaviors)),
       h("td", { class: context.candidates ? "n" : "n quiet" }, count(context.candidates)),
@@ -52,10 +81,15 @@ export function contextsView({ paint, buttons }) {
 
   function more(contexts) {
     const rest = contexts.slice(FIRST);
-    if (!rest.length) return null;
-    const [share, found] = [rest.reduce((sum, one) => sum + one.share, 0), rest.reduce((sum, one) => sum + one.candidates, 0)];
-    const text = all ? "Show fewer" : `Show ${count(rest.length)} more: ${percent(share)} of the answer, ${counted(found, "candidate")}`;
-    return h("button", { type: "button", class: "plain", "data-key": "more-contexts", "aria-expanded": String(all), on: { click: () => ((all = !all), show(answer)) } }, text);
+    if (!rest.length) return "";
+    const [share, found] = [
+      rest.reduce((sum, one) => sum + one.share, 0),
+      rest.reduce((sum, one) => sum + one.candidates, 0),
+    ];
+    const text = all
+      ? "Show fewer"
+      : `Show ${count(rest.length)} more: ${percent(share)} of the answer, ${counted(found, "candidate")}`;
+    return moreButton("contexts", text, () => ((all = !all), show(answer)), String(all));
   }
 
   return { show };

@@ -38,6 +38,18 @@ export function iconButton(icon, label, attributes = {}) {
   return h("button", { type: "button", class: "icon", "aria-label": label, title: label, ...attributes }, picture);
 }
 
+/** A button that shows more of what is above it; `open`: whether all is shown, where it can be folded again. */
+export function moreButton(key, text, click, open) {
+  const attributes = {
+    type: "button",
+    class: "plain",
+    "data-key": `more-${key}`,
+    "aria-expanded": open,
+    on: { click },
+  };
+  return h("button", attributes, text);
+}
+
 /** A bar of `share` of the full width, which says nothing by itself: the number stands beside it. */
 export function bar(share, paint = "") {
   const width = `${(100 * Math.min(1, Math.max(0, share))).toFixed(2)}%`;
@@ -60,7 +72,9 @@ export function refill(root, ...children) {
   root.replaceChildren(...children);
   if (!held) return;
   const again = key && root.querySelector(`[data-key="${CSS.escape(key)}"]`);
-  (again || root.closest("section, fieldset")?.querySelector("[tabindex='-1'], legend, input"))?.focus({ preventScroll: true });
+  (again || root.closest("section, fieldset")?.querySelector("[tabindex='-1'], legend, input"))?.focus({
+    preventScroll: true,
+  });
 }
 
 /** A group of radio buttons that looks like one control. Returns what sets it. */
@@ -68,7 +82,12 @@ export function choice(fieldset, options, changed) {
   const name = fieldset.id;
   fieldset.append(
     ...options.map(({ value, label, title }) =>
-      h("label", { title }, h("input", { type: "radio", name, value, on: { change: () => changed(value) } }), h("span", {}, label)),
+      h(
+        "label",
+        { title },
+        h("input", { type: "radio", name, value, on: { change: () => changed(value) } }),
+        h("span", {}, label),
+      ),
     ),
   );
   return (value) => {
@@ -87,7 +106,13 @@ export function alertBox(error, retry) {
     "div",
     { class: "alert", role: "alert" },
     h("p", {}, error.message),
-    error.points?.length ? h("ul", {}, error.points.map((point) => h("li", {}, point))) : null,
+    error.points?.length
+      ? h(
+          "ul",
+          {},
+          error.points.map((point) => h("li", {}, point)),
+        )
+      : null,
     error.mayPass ? h("button", { type: "button", on: { click: retry } }, "Try again") : null,
   );
 }

@@ -3,7 +3,12 @@
 const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 const parts = (seconds) => {
   const at = new Date(1e3 * seconds);
-  return { year: at.getUTCFullYear(), month: MONTHS[at.getUTCMonth()], day: at.getUTCDate(), time: at.toISOString().slice(11, 16) };
+  return {
+    year: at.getUTCFullYear(),
+    month: MONTHS[at.getUTCMonth()],
+    day: at.getUTCDate(),
+    time: at.toISOString().slice(11, 16),
+  };
 };
 
 export const count = (n) => n.toLocaleString("en");
@@ -34,7 +39,7 @@ export function decimal(x, digits = 2) {
 }
 
 /** A similarity: two digits without the zero that all have in common. */
-export const cosine = (x) => decimal(x).replace(/^(−?)0\./, "$1.");
+export const cosine = (x) => (Math.abs(x) < 0.005 ? ".00" : decimal(x).replace(/^(−?)0\./, "$1."));
 
 export const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0)} ms`;
 

@@ -29,11 +29,18 @@ const folded = matchMedia("(max-width: 68rem)");
 const state = fromHash(location.hash);
 let model = null; // ModelFacts
 let colors = new Map(); // category -> class, for those most wanted of this life
-let life = null, answer = null;
+let life = null,
+  answer = null;
 
 const paint = (category) => (category === null ? "whole" : (colors.get(String(category)) ?? "other"));
 
-const rules = rulesPanel({ list: byId("rules"), rules: () => state.rules, changed: change, paint, reveal: () => (byId("knobs").open = true) });
+const rules = rulesPanel({
+  list: byId("rules"),
+  rules: () => state.rules,
+  changed: change,
+  paint,
+  reveal: () => (byId("knobs").open = true),
+});
 const lives = lifeView({ paint, buttons: rules.buttons, narrow });
 const contexts = contextsView({ paint, buttons: rules.buttons });
 const candidates = candidatesView({ paint, kind: () => byId("kind").value, add: addEvent, similar: similarTo });
@@ -98,7 +105,7 @@ const lived = latest(
   },
   (error) => {
     life = null;
-    if (answer) color(byShare(answer)), drawAnswer();
+    if (answer) (color(byShare(answer)), drawAnswer());
     byId("life-title").textContent = `User ${state.user}`;
     byId("life-facts").textContent = "\u00a0";
     byId("life").classList.add("failed");
@@ -134,19 +141,26 @@ let because = ""; // what the person did that may have changed the list
 
 function arrived(found) {
   const ranks = new Map(found.candidates.map((one) => [one.item_id, one.rank]));
-  if (last && (because || performance.now() - last.at > SETTLED)) base = last;
+  if (last && (because || base?.user !== last.user || performance.now() - last.at > SETTLED)) base = last;
   since = base && base.user === found.user_id ? compared(base.ranks, found.candidates) : null;
   last = { user: found.user_id, ranks, at: performance.now() };
   answer = found;
   if (!life) color(byShare(found));
   for (const id of ["candidates", "contexts"]) byId(id).classList.remove("failed");
-  byId("candidates-alert").replaceChildren(...(found.fallback ? [h("p", { class: "alert calm" }, "Nothing is known of this user, so this is what is popular.")] : []));
+  byId("candidates-alert").replaceChildren(
+    ...(found.fallback
+      ? [h("p", { class: "alert calm" }, "Nothing is known of this user, so this is what is popular.")]
+      : []),
+  );
   if (found.model !== model.model) facts(); // the server has taken over a newer one
   drawAnswer();
   drawTimes(found.timings);
   const asking = `${counted(found.candidates.length, "candidate")} from ${counted(found.contexts.length, "context")}`;
-  byId("candidates-facts").textContent = found.timings.total === undefined ? asking : `${asking} in ${milliseconds(found.timings.total)}`;
-  byId("since").textContent = since ? `Since the list before${because}: ${inWords(since)}.` : "Press an item to see what is like it.";
+  byId("candidates-facts").textContent =
+    found.timings.total === undefined ? asking : `${asking} in ${milliseconds(found.timings.total)}`;
+  byId("since").textContent = since
+    ? `Since the list before${because}: ${inWords(since)}.`
+    : "Press an item to see what is like it.";
   announce(`${asking}${since ? `; ${inWords(since)}` : ""}`);
   because = "";
 }
@@ -154,7 +168,6 @@ function arrived(found) {
 function drawAnswer() {
   contexts.show(answer);
   candidates.show(answer, since, state.view);
-  rules.mark();
 }
 
 const shade = (i) => `color-mix(in oklab, var(--accent), var(--line) ${(i * 37) % 90}%)`; // neighbours differ
@@ -164,25 +177,45 @@ function drawTimes(timings) {
   const total = timings.total ?? stages.reduce((sum, [, ms]) => sum + ms, 0);
   const part = (ms) => `${((100 * ms) / (total || 1)).toFixed(2)}%`;
   byId("times").replaceChildren(
-    h("div", { class: "stack", "aria-hidden": "true" }, stages.map(([stage, ms], i) => h("span", { title: `${stage} ${milliseconds(ms)}`, vars: { share: part(ms), paint: shade(i) } }))),
-    h("ul", { class: "legend", "aria-labelledby": "times-title" },
-      stages.map(([stage, ms], i) => h("li", {}, h("span", { class: "dot", vars: { paint: shade(i) } }), `${stage} `, h("b", {}, milliseconds(ms)))),
-      h("li", {}, "total ", h("b", {}, milliseconds(total)))),
+    h(
+      "div",
+      { class: "stack", "aria-hidden": "true" },
+      stages.map(([stage, ms], i) =>
+        h("span", { title: `${stage} ${milliseconds(ms)}`, vars: { share: part(ms), paint: shade(i) } }),
+      ),
+    ),
+    h(
+      "ul",
+      { class: "legend", "aria-labelledby": "times-title" },
+      stages.map(([stage, ms], i) =>
+        h("li", {}, h("span", { class: "dot", vars: { paint: shade(i) } }), `${stage} `, h("b", {}, milliseconds(ms))),
+      ),
+      h("li", {}, "total ", h("b", {}, milliseconds(total))),
+    ),
   );
 }
 
 // -- the controls
 
-const setView = choice(byId("view"), [{ value: "contexts", label: "By context" }, { value: "list", label: "One list" }], (view) => {
-  state.view = view;
-  history.replaceState(null, "", toHash(state));
-  if (answer) candidates.show(answer, since, view);
-});
+const setView = choice(
+  byId("view"),
+  [
+    { value: "contexts", label: "By context" },
+    { value: "list", label: "One list" },
+  ],
+  (view) => {
+    state.view = view;
+    history.replaceState(null, "", toHash(state));
+    if (answer) candidates.show(answer, since, view);
+  },
+);
 let setSelect = () => {};
 let resized = 0;
 
 /** Is a seed of any use, the way contexts are chosen now? */
-const draws = () => state.select === "random" || (state.select === "model" && !model.selects.includes("pgin") && model.selects.includes("random"));
+const draws = () =>
+  state.select === "random" ||
+  (state.select === "model" && !model.selects.includes("pgin") && model.selects.includes("random"));
 
 /** Make all controls say what the state is; but leave the field alone that is being edited. */
 function show() {
@@ -195,7 +228,10 @@ function show() {
   fill("returns", state.returns ?? 0.5);
   byId("returns").classList.toggle("unset", state.returns === null);
   byId("returns-said").textContent = state.returns === null ? "" : `${Math.round(100 * state.returns)}%`;
-  byId("returns").setAttribute("aria-valuetext", state.returns === null ? "as the model judges" : `${Math.round(100 * state.returns)}%`);
+  byId("returns").setAttribute(
+    "aria-valuetext",
+    state.returns === null ? "as the model judges" : `${Math.round(100 * state.returns)}%`,
+  );
   byId("returns-reset").disabled = state.returns === null;
   setView(state.view);
   setSelect(state.select);
@@ -206,9 +242,10 @@ function show() {
   byId("m").disabled = !draws();
   byId("draw").disabled = !draws();
   byId("select-note").textContent = SELECTS[state.select] ?? "";
-  byId("now-note").textContent = state.now === null
-    ? { wall: "Empty: now.", log: "Empty: just after the last behavior." }[model.clock] ?? "Empty: now."
-    : "Later behaviors do not count.";
+  byId("now-note").textContent =
+    state.now === null
+      ? ({ wall: "Empty: now.", log: "Empty: just after the last behavior." }[model.clock] ?? "Empty: now.")
+      : "Later behaviors do not count.";
   const body = asked(state, model.ids);
   byId("curl").textContent = curl(ROOT, body, hasKey());
   byId("python").textContent = python(ROOT, body, hasKey());
@@ -217,7 +254,7 @@ function show() {
 function onNumber(id, then = change) {
   const input = byId(id);
   input.addEventListener("input", () => {
-    if (!input.validity.valid) return;
+    if (input.validity.badInput) return; // a number that is out of range goes to the server, which says so
     state[id] = input.value === "" ? DEFAULTS[id] : Number(input.value);
     then({ soon: true });
   });
@@ -235,7 +272,10 @@ function wire() {
   });
   byId("merge").addEventListener("change", ({ target }) => ((state.merge = target.value), change()));
   byId("seen").addEventListener("change", ({ target }) => ((state.seen = target.checked), change()));
-  byId("returns").addEventListener("input", ({ target }) => ((state.returns = Number(target.value)), change({ soon: true })));
+  byId("returns").addEventListener(
+    "input",
+    ({ target }) => ((state.returns = Number(target.value)), change({ soon: true })),
+  );
   byId("returns-reset").addEventListener("click", () => {
     state.returns = null;
     byId("returns").focus();
@@ -248,7 +288,8 @@ function wire() {
     change();
   });
   byId("reset").addEventListener("click", () => {
-    const { user, view } = state, past = state.now !== null;
+    const { user, view } = state;
+    const past = state.now !== null;
     Object.assign(state, DEFAULTS, { user, view, rules: [] });
     rules.render();
     change();
@@ -259,7 +300,8 @@ function wire() {
   byId("another").addEventListener("click", another);
   byId("event").addEventListener("submit", (event) => (event.preventDefault(), addChosen()));
   byId("kind").addEventListener("change", () => candidates.draw());
-  for (const id of ["curl", "python"]) byId(`copy-${id}`).addEventListener("click", ({ target }) => copy(byId(id), target));
+  for (const id of ["curl", "python"])
+    byId(`copy-${id}`).addEventListener("click", ({ target }) => copy(byId(id), target));
   byId("skip").addEventListener("click", (event) => (event.preventDefault(), byId("candidates-title").focus()));
   byId("theme").addEventListener("click", () => theme(!isDark()));
   addEventListener("popstate", again);
@@ -269,8 +311,14 @@ function wire() {
   const fold = () => ["knobs", "adding"].forEach((id) => (byId(id).open = !folded.matches));
   folded.addEventListener("change", fold);
   fold();
-  combobox(byId("user"), { name: "Users", free: true, search: findUsers, pick: meet, left: () => (byId("user").value = state.user) });
-  combobox(byId("category"), { name: "Categories", search: findCategories, pick: ruled });
+  combobox(byId("user"), {
+    name: "Users",
+    free: true,
+    search: findUsers,
+    pick: meet,
+    left: () => (byId("user").value = state.user),
+  });
+  combobox(byId("category"), { name: "Categories", free: true, search: findCategories, pick: ruled });
   combobox(byId("item"), {
     name: "Items",
     search: findItems,
@@ -282,14 +330,21 @@ function wire() {
   byId("item").addEventListener("input", () => (chosen = null));
   const limit = model.limits?.k;
   if (limit) byId("k").max = limit;
-  byId("merge").append(h("option", { value: "" }, `model: ${MERGES[model.merge] ?? model.merge}`), ...model.merges.map((name) => h("option", { value: name }, MERGES[name] ?? name)));
+  byId("merge").append(
+    h("option", { value: "" }, `model: ${MERGES[model.merge] ?? model.merge}`),
+    ...model.merges.map((name) => h("option", { value: name }, MERGES[name] ?? name)),
+  );
   const kinds = model.kinds.length ? model.kinds : [""];
   byId("kind").append(...kinds.map((kind) => h("option", { value: kind }, kind || "(none)")));
   byId("kind").value = kinds.includes("click") ? "click" : kinds[0];
-  setSelect = choice(byId("select"), model.selects.map((value) => ({ value, label: value, title: SELECTS[value] })), (select) => {
-    state.select = select;
-    change();
-  });
+  setSelect = choice(
+    byId("select"),
+    model.selects.map((value) => ({ value, label: value, title: SELECTS[value] })),
+    (select) => {
+      state.select = select;
+      change();
+    },
+  );
 }
 
 /** The address was changed: by the Back button, or by hand. */
@@ -326,7 +381,9 @@ async function another() {
 async function findUsers(like, signal) {
   const { users } = await get("/v1/users", { like, limit: 8, seed: like ? null : 1 }, signal);
   return users.map(({ user_id: value, behaviors, last: time }) => ({
-    value, label: String(value), note: `${counted(behaviors, "behavior")}${time === null ? "" : ` · ${day(time)}`}`,
+    value,
+    label: String(value),
+    note: `${counted(behaviors, "behavior")}${time === null ? "" : ` · ${day(time)}`}`,
   }));
 }
 
@@ -334,7 +391,11 @@ async function findUsers(like, signal) {
 
 async function findCategories(like, signal) {
   const { categories } = await get("/v1/catalogue/categories", { like, limit: 8 }, signal);
-  return categories.map(({ category_id: value, items }) => ({ value, label: String(value), note: counted(items, "item") }));
+  return categories.map(({ category_id: value, items }) => ({
+    value,
+    label: String(value),
+    note: counted(items, "item"),
+  }));
 }
 
 function ruled(category) {
@@ -347,13 +408,18 @@ let chosen = null; // the item picked among the suggestions
 async function findItems(like, signal) {
   const { items } = await get("/v1/catalogue/items", { like, limit: 8 }, signal);
   return items.map(({ item_id: value, title, category_id: category }) => ({
-    value, label: title ?? String(value), note: `${title === null ? "" : `${value} · `}${category}`,
+    value,
+    label: title ?? String(value),
+    note: `${title === null ? "" : `${value} · `}${category}`,
   }));
 }
 
 async function addChosen() {
   const text = byId("item").value.trim();
-  const one = chosen && chosen.label === text ? { item_id: chosen.value, title: text } : { item_id: asId(text, model.ids.item_id), title: null };
+  const one =
+    chosen && chosen.label === text
+      ? { item_id: chosen.value, title: text }
+      : { item_id: asId(text, model.ids.item_id), title: null };
   if (await addEvent(one)) {
     byId("item").value = "";
     chosen = null;
@@ -362,12 +428,19 @@ async function addChosen() {
 
 /** Write a behavior of this user, and ask again. */
 async function addEvent({ item_id: item, title }) {
-  const kind = byId("kind").value, user = state.user, what = `${kind || "met"} ${title ?? item}`;
+  const kind = byId("kind").value;
+  const user = state.user;
+  const what = `${kind || "met"} ${title ?? item}`;
   const note = byId("event-note");
   note.classList.remove("wrong");
   note.textContent = "Adding …";
   try {
-    await post("/v1/events", { user_id: asId(user, model.ids.user_id), item_id: item, behavior: kind, event_id: `page-${random()}` });
+    await post("/v1/events", {
+      user_id: asId(user, model.ids.user_id),
+      item_id: item,
+      behavior: kind,
+      event_id: `page-${random()}`,
+    });
   } catch (error) {
     note.classList.add("wrong");
     note.textContent = [error.message, ...(error.points ?? [])].join(" ");
@@ -407,7 +480,8 @@ async function copy(code, button) {
 }
 
 const system = matchMedia("(prefers-color-scheme: dark)");
-const isDark = () => (document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : system.matches);
+const isDark = () =>
+  document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : system.matches;
 
 function theme(dark) {
   const own = dark !== system.matches; // as the system has it: nothing to remember
@@ -436,7 +510,9 @@ function drawModel() {
     ["Clock", model.clock === "log" ? "the log's: just after its last event" : "the wall's"],
     ["Package", `longretriever ${model.package}`],
   ];
-  byId("model-facts").replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  byId("model-facts").replaceChildren(
+    ...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+  );
 }
 
 async function facts() {
@@ -452,6 +528,8 @@ async function facts() {
 
 async function begin() {
   byId("progress").classList.add("on");
+  rules.render();
+  show();
   try {
     model = await get("/v1/model");
     if (!state.user) {
@@ -469,7 +547,6 @@ async function begin() {
   }
   wire();
   drawModel();
-  rules.render();
   show();
   lived();
   ask();

@@ -3,7 +3,11 @@
 import { h, iconButton, named, refill } from "./dom.js";
 import { ruleFor } from "./state.js";
 
-const ASKS = [["", "as chosen"], ["always", "always asked"], ["never", "never"]];
+const ASKS = [
+  ["", "as chosen"],
+  ["always", "always asked"],
+  ["never", "never"],
+];
 
 /**
  * @param list     the <ul> of rules in force
@@ -13,6 +17,8 @@ const ASKS = [["", "as chosen"], ["always", "always asked"], ["never", "never"]]
  * @param reveal   makes the list visible, where it is folded
  */
 export function rulesPanel({ list, rules, changed, paint, reveal }) {
+  let marking = false;
+
   function render() {
     refill(list, ...rules().map(row));
     mark();
@@ -21,24 +27,47 @@ export function rulesPanel({ list, rules, changed, paint, reveal }) {
   function row(rule) {
     const { category } = rule;
     const number = (name, label, before, attributes) =>
-      h("label", {}, before, h("input", {
-        type: "number", value: rule[name] ?? "", "data-key": `${name}-${category}`, "aria-label": `${label} ${category}`, ...attributes,
-        on: { input: (event) => set(rule, name, event.target) },
-      }));
+      h(
+        "label",
+        {},
+        before,
+        h("input", {
+          type: "number",
+          value: rule[name] ?? "",
+          "data-key": `${name}-${category}`,
+          "aria-label": `${label} ${category}`,
+          ...attributes,
+          on: { input: (event) => set(rule, name, event.target) },
+        }),
+      );
     return h(
-      "li", {},
+      "li",
+      {},
       named(category, paint(category)),
-      h("select", { "aria-label": `When to ask about ${category}`, "data-key": `ask-${category}`, on: { change: (event) => ask(rule, event.target.value) } },
-        ASKS.map(([value, text]) => h("option", { value, selected: value === rule.ask }, text))),
-      iconButton("close", `Remove the rule for ${category}`, { "data-key": `remove-${category}`, on: { click: () => remove(rule) } }),
-      h("span", { class: "amounts" },
+      h(
+        "select",
+        {
+          "aria-label": `When to ask about ${category}`,
+          "data-key": `ask-${category}`,
+          on: { change: (event) => ask(rule, event.target.value) },
+        },
+        ASKS.map(([value, text]) => h("option", { value, selected: value === rule.ask }, text)),
+      ),
+      iconButton("close", `Remove the rule for ${category}`, {
+        "data-key": `remove-${category}`,
+        on: { click: () => remove(rule) },
+      }),
+      h(
+        "span",
+        { class: "amounts" },
         number("quota", "Most candidates of", "at most ", { min: 0, step: 1, placeholder: "any" }),
-        number("boost", "Factor on the share of", "share × ", { min: 0.01, step: "any", placeholder: "1" })),
+        number("boost", "Factor on the share of", "share × ", { min: 0.01, step: "any", placeholder: "1" }),
+      ),
     );
   }
 
   function set(rule, name, input) {
-    if (!input.validity.valid) return;
+    if (input.validity.badInput) return;
     rule[name] = input.value === "" ? null : Number(input.value);
     changed({ soon: true });
   }
@@ -74,10 +103,17 @@ export function rulesPanel({ list, rules, changed, paint, reveal }) {
   /** Buttons for a category; `place` tells those of one table from those of another. */
   function buttons(id, place) {
     const category = String(id);
+    if (!marking) queueMicrotask(mark); // once they all are on the page
+    marking = true;
     const button = (name, icon, label, act) =>
-      iconButton(icon, `${label} ${category}`, { "data-key": `${place}-${name}-${category}`, "data-ask": name, on: { click: act } });
+      iconButton(icon, `${label} ${category}`, {
+        "data-key": `${place}-${name}-${category}`,
+        "data-ask": name,
+        on: { click: act },
+      });
     return h(
-      "span", { class: "acts", "data-category": category },
+      "span",
+      { class: "acts", "data-category": category },
       button("always", "plus", "Ask always about", () => toggle(category, "always")),
       button("never", "never", "Exclude", () => toggle(category, "never")),
       button("adjust", "adjust", "Quota and boost of", () => adjust(category)),
@@ -86,6 +122,7 @@ export function rulesPanel({ list, rules, changed, paint, reveal }) {
 
   /** Show at all buttons which rules are in force. */
   function mark() {
+    marking = false;
     const asks = new Map(rules().map((rule) => [rule.category, rule]));
     for (const group of document.querySelectorAll(".acts[data-category]")) {
       const rule = asks.get(group.dataset.category);
@@ -98,5 +135,5 @@ export function rulesPanel({ list, rules, changed, paint, reveal }) {
     }
   }
 
-  return { render, buttons, mark, add: (category) => toggle(category, "always") };
+  return { render, buttons, add: (category) => toggle(category, "always") };
 }

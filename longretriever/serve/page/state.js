@@ -1,8 +1,17 @@
 // What is asked? Everything that decides the view, as the address holds it, as the request is sent, as code.
 
 export const DEFAULTS = Object.freeze({
-  user: "", now: null, k: 100, select: "model", n: null, m: null, seed: 1,
-  seen: false, returns: null, merge: "", view: "contexts",
+  user: "",
+  now: null,
+  k: 100,
+  select: "model",
+  n: null,
+  m: null,
+  seed: 1,
+  seen: false,
+  returns: null,
+  merge: "",
+  view: "contexts",
   rules: [], // {category, ask: "" | "always" | "never", quota: number | null, boost: number | null}
 });
 
@@ -30,7 +39,8 @@ export function fromHash(hash) {
   for (const category of said.getAll("exclude")) ruleFor(state.rules, category).ask = "never";
   for (const name of ["quota", "boost"]) {
     for (const text of said.getAll(name)) {
-      const at = text.lastIndexOf(":"), value = Number(text.slice(at + 1) || NaN);
+      const at = text.lastIndexOf(":");
+      const value = Number(text.slice(at + 1) || NaN);
       if (at > 0 && Number.isFinite(value)) ruleFor(state.rules, text.slice(0, at))[name] = value;
     }
   }
@@ -62,7 +72,8 @@ export function asked(state, ids) {
   const category = (text) => asId(text, ids.category_id);
   const { rules, select, n, m } = state;
   const where = (ask) => rules.filter((rule) => rule.ask === ask).map((rule) => category(rule.category));
-  const of = (name) => Object.fromEntries(rules.filter((rule) => rule[name] !== null).map((rule) => [rule.category, rule[name]]));
+  const of = (name) =>
+    Object.fromEntries(rules.filter((rule) => rule[name] !== null).map((rule) => [rule.category, rule[name]]));
   const interests = given({
     select: select === "model" ? null : select,
     n,
@@ -117,7 +128,9 @@ function literal(value) {
   if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
   if (typeof value === "object") {
-    return `{${Object.entries(value).map(([name, x]) => `${literal(name)}: ${literal(x)}`).join(", ")}}`;
+    return `{${Object.entries(value)
+      .map(([name, x]) => `${literal(name)}: ${literal(x)}`)
+      .join(", ")}}`;
   }
   return JSON.stringify(value); // a JSON string is a Python string too
 }
