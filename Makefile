@@ -25,6 +25,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/ingest.py --events 2000000
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/serving.py --events 1000000 --users 200 --items 200000 --categories 1000
 
 .venv: .venv/ready
 

@@ -3,16 +3,16 @@
     python benchmarks/serving.py [--work FOLDER] [--parts request,http,events,memory] [--json]
 
 The log is generated: 2M items in 5,000 categories, users of 200 to 200,000 behaviors. The model is trained
-for moments only: what is measured does not depend on how good it is. Requests ask 5 contexts at random out of the
-top 20 for 500 candidates, as the paper does. Each figure is set beside another of the same run:
+for moments only: what is measured does not depend on how good it is. Requests ask 5 contexts at random out of
+the top 20 for 500 candidates, as the paper does. Each figure is set beside another of the same run:
 
 request  `Retriever.answer` beside what it cannot do without: reading 5 slices, one ONNX run, one FAISS
          search; they take turns on the same requests, one thread
 lives    the same for users of 200, 2,000, 20,000 and 200,000 behaviors
-http     requests a second and latency at 50, 80 and 100% of what the server can do; the load generator runs on
-         the same machine, and what it took of a core is said
-events   an acknowledgement beside a bare write and sync of the same disk; and how long until the next answer
-         knows of an event
+http     requests a second and latency at 50, 80 and 100% of what the server can do; the load generator runs
+         on the same machine, and what it took of a core is said
+events   an acknowledgement beside a bare write and sync of the same disk; and how long until the next
+         answer knows of an event
 memory   workers that share their files: start-up and memory (PSS, where shared pages count once)
 """
 
@@ -486,49 +486,50 @@ def in_memory(model: Path, work: Path, workers: int) -> dict[str, Any]:
 
 
 def _table(report: dict[str, Any]) -> str:
-    lines = []
-    if "request" in report:
-        r = report["request"]
-        bare = ", ".join(f"{name} {ms}" for name, ms in r["bare_ms"].items())
-        lines.append(
-            f"request of a user of {r['behaviors']:,} behaviors: p50 {r['p50_ms']} ms, p99 {r['p99_ms']} ms"
-        )
-        lines.append(f"  bare parts, ms: {bare}: {r['times_bare']} times their sum")
-        lines.append("  by stage, ms: " + ", ".join(f"{name} {ms}" for name, ms in r["stages_ms"].items()))
-        fastest = min(row["ms"] for row in report["lives"])
-        for row in report["lives"]:
-            lines.append(
-                f"  {row['behaviors']:>9,} behaviors  {row['ms']:.2f} ms  {row['ms'] / fastest:.2f} times the fastest"
-            )
-    if "http" in report:
-        h = report["http"]
-        lines.append(
-            f"over HTTP, {h['workers']} workers: one client p50 {h['alone']['p50_ms']} ms, "
-            f"{h['server_overhead']:.1%} above the work itself; {h['capacity']['server_cpu_ms']} ms of a core a request"
-        )
-        for name, load in {"full": h["capacity"], **h["load"]}.items():
-            lines.append(
-                f"  {name:>5}  {load['a_second']:>7} requests/s  p50 {load['p50_ms']:>7} ms  p99 {load['p99_ms']:>7} ms  "
-                f"generator {load['generator_cores']} cores"
-            )
-    if "events" in report:
-        e = report["events"]
-        for name, found in {**e["8_clients"], "one client": e["1_client"]}.items():
-            lines.append(
-                f"events, {name}: {found['events_a_second']:,} a second, p50 {found['p50_ms']} ms, p99 {found['p99_ms']} ms"
-            )
-        lines.append(
-            f"  bare write and sync {e['bare_write_and_sync_ms']} ms: acknowledged in {e['acknowledged_times_bare']} times that"
-        )
-        seen = e["until_the_next_answer_knows"]
-        lines.append(
-            f"  event sent to an answer that counts it: p50 {seen['p50_ms']} ms, p99 {seen['p99_ms']} ms"
-        )
+    printers = {"request": _of_request, "lives": _of_lives, "http": _of_http, "events": _of_events}
+    lines = [line for part, of in printers.items() if part in report for line in of(report[part])]
     for row in report.get("memory", []):
-        lines.append(
-            f"{row['workers']} workers: ready in {row['ready_s']} s, {row['pss_mb']} MB, {row['private_mb']} MB of it their own"
-        )
+        memory = f"{row['pss_mb']} MB, {row['private_mb']} MB of it their own"
+        lines.append(f"{row['workers']} workers: ready in {row['ready_s']} s, {memory}")
     return "\n".join(lines)
+
+
+def _of_request(r: dict[str, Any]) -> Iterator[str]:
+    p50, p99 = f"p50 {r['p50_ms']} ms", f"p99 {r['p99_ms']} ms"
+    yield f"request of a user of {r['behaviors']:,} behaviors: {p50}, {p99}"
+    yield f"  bare parts, ms: {_listed(r['bare_ms'])}: {r['times_bare']} times their sum"
+    yield f"  by stage, ms: {_listed(r['stages_ms'])}"
+
+
+def _of_lives(rows: list[dict[str, Any]]) -> Iterator[str]:
+    fastest = min(row["ms"] for row in rows)
+    for row in rows:
+        ratio = f"{row['ms'] / fastest:.2f} times the fastest"
+        yield f"  {row['behaviors']:>9,} behaviors  {row['ms']:6.2f} ms  {ratio}"
+
+
+def _of_http(h: dict[str, Any]) -> Iterator[str]:
+    alone, cpu = h["alone"], h["capacity"]["server_cpu_ms"]
+    yield f"over HTTP, {h['workers']} workers, {cpu} ms of a core a request"
+    yield f"  one client: p50 {alone['p50_ms']} ms, {h['server_overhead']:.1%} above the work itself"
+    for name, load in {"full": h["capacity"], **h["load"]}.items():
+        latency = f"p50 {load['p50_ms']:>7} ms  p99 {load['p99_ms']:>7} ms"
+        generator = f"generator {load['generator_cores']} cores"
+        yield f"  {name:>5}  {load['a_second']:>7} requests/s  {latency}  {generator}"
+
+
+def _of_events(e: dict[str, Any]) -> Iterator[str]:
+    for name, found in {**e["8_clients"], "one client": e["1_client"]}.items():
+        latency = f"p50 {found['p50_ms']} ms, p99 {found['p99_ms']} ms"
+        yield f"events, {name}: {found['events_a_second']:,} a second, {latency}"
+    bare, ratio = e["bare_write_and_sync_ms"], e["acknowledged_times_bare"]
+    yield f"  bare write and sync {bare} ms: acknowledged in {ratio} times that"
+    seen = e["until_the_next_answer_knows"]
+    yield f"  event sent to an answer that counts it: p50 {seen['p50_ms']} ms, p99 {seen['p99_ms']} ms"
+
+
+def _listed(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in figures.items())
 
 
 if __name__ == "__main__":

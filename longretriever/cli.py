@@ -354,7 +354,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Requests a worker works on at once.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Of a worker, for batches and the page.")] = 2,
     read_key: Annotated[
         list[str] | None,
         typer.Option(help="API key that may ask. Several: separated by spaces in the variable."),

@@ -63,8 +63,9 @@ def run(path: Path, events: int, minutes: float, seed: int, console: Console) ->
     show_retrieval(answer, 12)
     console.print(_truth(market, retriever, answer))
     console.print(
-        f"\nDone in {time.perf_counter() - began:.0f} s. Next: `longretriever retrieve {path}/model "
-        f"--store {path}/full --user ID`, or `longretriever evaluate --events YOUR_LOG`."
+        f"\nDone in {time.perf_counter() - began:.0f} s. Look at any user and why, in a browser: "
+        f"`longretriever serve {path}/model --store {path}/full --clock log`. "
+        "Or go on with a log of yours: `longretriever evaluate --events YOUR_LOG`."
     )
 
 

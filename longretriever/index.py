@@ -419,10 +419,14 @@ def _sum_exp(scale: float, cosine: np.ndarray, best: float) -> float:
 
 def _order_ties(item_Nk: np.ndarray, cosine_Nk: np.ndarray) -> None:
     """Sort items of equal cosine by number, in place."""
-    tied = (cosine_Nk[:, 1:] == cosine_Nk[:, :-1]) & (item_Nk[:, 1:] >= 0)
-    for row in np.flatnonzero(tied.any(axis=1)):
-        n = np.count_nonzero(item_Nk[row] >= 0)
-        item_Nk[row, :n] = item_Nk[row, np.lexsort((item_Nk[row, :n], -cosine_Nk[row, :n]))]
+    tied = np.zeros(
+        (len(item_Nk), item_Nk.shape[1] + 1), np.int8
+    )  # with the one before; nothing before the first
+    tied[:, 1:-1] = (cosine_Nk[:, 1:] == cosine_Nk[:, :-1]) & (item_Nk[:, 1:] >= 0)
+    change = np.diff(tied, axis=1)
+    starts, ends = np.nonzero(change == 1), np.nonzero(change == -1)
+    for row, start, end in zip(*starts, ends[1], strict=True):  # runs are few and short
+        item_Nk[row, start : end + 1].sort()
 
 
 def _not_in(sorted_items: np.ndarray, items: np.ndarray) -> np.ndarray:

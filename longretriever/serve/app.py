@@ -182,6 +182,8 @@ def _route(app: FastAPI) -> None:
     get("/metrics", dependencies=reads, response_class=Response)(show_metrics)
     get("/healthz")(healthz)
     get("/readyz", **described(wire.Ready))(readyz)
+    for path, check in (("/healthz", healthz), ("/readyz", readyz)):  # some ask without wanting to read
+        app.api_route(path, methods=["HEAD"], include_in_schema=False)(check)
 
 
 def _serving(request: Request) -> Serving:
@@ -328,7 +330,7 @@ def _page(app: FastAPI) -> None:
     parts = {file.name: file.read_bytes() for file in folder.iterdir() if file.name.split(".")[-1] in _TYPES}
     headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     @app.get("/page/{name}", include_in_schema=False)
     async def page(name: str = "index.html") -> Response:
         if name not in parts:

@@ -102,6 +102,8 @@ def ingest(
     threads: int | None = None,
     profile: Sequence[str] | None = None,
     item_features: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    made_from: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> IngestReport:
     """Write the store of a log to the folder `out`, replacing an older store only once it is complete.
@@ -113,7 +115,7 @@ def ingest(
     `time_unit`: "s" or "ms", where a log cannot tell. `max_rejected`: the share of rows of an input that
     may be unusable; those are listed in `rejected.parquet` of the store. `memory_limit`: what the engine
     may hold, such as "2GB"; beyond it, it spills beside `out`. `profile`, `item_features`: the columns to
-    use, instead of all that suit.
+    use, instead of all that suit. `facts`, `made_from`: what else the manifest shall say.
 
     The same log gives the same bytes, whatever the order of its rows and files and the number of threads
     (but for `rejected.parquet`, which names files and rows).
@@ -157,15 +159,17 @@ def ingest(
             behaviors=log.behaviors,
             **_columns(inputs, item_fields, profile_fields),
         )
-        facts = report.as_dict()
-        del facts["seconds"]
+        counts = report.as_dict()
+        del counts["seconds"]
+        folder.made_from.update(made_from or {})
         folder.facts.update(
+            facts or {},
             behaviors=list(log.behaviors),
             profile_fields=profile_fields.vocabularies,
             item_fields=item_fields.vocabularies,
             first_time=report.first_time,
             last_time=report.last_time,
-            report=facts,
+            report=counts,
         )
         clock.say("hashing and syncing the files")
     report.seconds.update(clock.seconds())
@@ -207,12 +211,24 @@ def read_events(
 
 def read_table(given: Any, role: str, columns: Mapping[str, str] | None = None) -> pa.Table:
     """An `items` or `users` input as `ingest` reads it: columns by our names, one row for each id, sorted."""
+    return read_counted(given, role, columns)[0]
+
+
+def read_counted(
+    given: Any, role: str, columns: Mapping[str, str] | None = None, max_rejected: float | None = None
+) -> tuple[pa.Table, dict[str, int]]:
+    """The same, and what became of its rows: those read, unusable ones by reason, duplicate and conflicting.
+
+    Raises `EventsError` when the share of unusable ones is above `max_rejected`, where one is given.
+    """
     key = {"items": ITEM, "users": USER}[role]
     with tempfile.TemporaryDirectory() as folder, engine(Path(folder) / "work", None, None) as con:
         source = read(con, given, role, columns, Path(folder) / "work")
         types = {column: key_type(column, [source]) for column in (key, CATEGORY)}
-        each = _one_row_each(con, source, key, types)
-        return _fetch(con, each.table.order_by(key))
+        each, loss = _one_row_each(con, source, key, types), _loss_of_key(source, key, types[key])
+        if max_rejected is not None:
+            _check([loss], max_rejected)
+        return _fetch(con, each.table.order_by(key)), {"read": loss.read, **loss.reasons, **each.counts}
 
 
 class _Clock:

@@ -80,6 +80,7 @@ class Joined(Store):
         by_row = _Places(begin, stored, added, [part.row_place for part in parts])
         by_time = _Places(begin, stored, added, [part.time_place for part in parts])
         self.n_events = int(by_row.start[-1])
+        self._live_times = [part.by_row.time[part.in_time] for part in parts]
         columns = [np.concatenate(column) for column in zip(*(part.by_row for part in parts), strict=True)]
         item, _, time, kind = columns
         self.event_item = _array(_Merged(store.event_item, item, by_row))
@@ -98,6 +99,14 @@ class Joined(Store):
         """The store's own number; of a user that it does not know, one made of his id."""
         known = self._users[user]
         return zlib.crc32(repr(self.user_ids.take([user])[0]).encode()) if known is None else known
+
+    def position(self, user: int, time: float, after: bool = False) -> int:
+        """See `Store.position`; of stored events and of live ones by themselves, as it is asked often."""
+        known, stored = self._users[user], 0
+        if known is not None:
+            stored = self._store.position(known, time, after) - self._store.rows_of(known).start
+        live = np.searchsorted(self._live_times[user], time, side="right" if after else "left")
+        return self.rows_of(user).start + stored + int(live)
 
     @property
     def item_ids(self) -> ItemIds:
@@ -143,13 +152,21 @@ class _Part(NamedTuple):
             low = high = int(starts[g])
             if g < len(met) and met[g] == live.category[i]:
                 high = int(starts[g + 1])
+            if high == low or time > store.event_time[high - 1]:  # as most are: newer than all
+                row_place[i] = high - rows.start
+                continue
             at, behind = low + np.searchsorted(store.event_time[low:high], [time, time + 1])
             row_place[i] = behind - rows.start
             same = store.event_item[at:behind] == live.item[i]
             fresh[i] = not (same & (store.event_behavior[at:behind] == live.kind[i])).any()
         live, row_place = LiveEvents(*(column[fresh] for column in live)), row_place[fresh]
         in_time = _in_time(live)
-        time_place = np.array([store.position(user, t, after=True) for t in live.time[in_time]], np.int64)
+        newest = store.event_time[store.time_order[rows.stop - 1]]
+        places = [
+            rows.stop if time >= newest else store.position(user, time, after=True)
+            for time in live.time[in_time]
+        ]
+        time_place = np.array(places, np.int64)
         category, which = np.unique(np.concatenate([met, live.category]), return_inverse=True)
         size = np.bincount(which, np.concatenate([np.diff(starts), np.ones(len(live.time))])).astype(np.int64)
         return cls(rows.start, rows.stop, live, row_place, in_time, time_place - rows.start, category, size)
@@ -231,7 +248,7 @@ class _Merged:
         stored = self._read(stored, np.full(len(stored), user))
         if low == high:
             return stored
-        stored = stored.astype(self._live.dtype, copy=False)  # a new kind may be beyond what the store's holds
+        stored = stored.astype(self._live.dtype, copy=False)  # a new kind may be beyond 255
         return np.insert(stored, p.at[low:high] - start - np.arange(high - low), self._live[low:high])
 
     def _read(self, stored: np.ndarray, user: np.ndarray) -> np.ndarray:

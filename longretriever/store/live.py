@@ -5,7 +5,7 @@ is forgotten". A store that was made by folding events in says up to where (`fac
 a store and its journal together counts nothing twice: see `lives`.
 
 Writers wait for the disk together: what arrives while one transaction is being synced goes into the next one.
-Measured costs are in docs/serve.md.
+Measured costs are in docs/live.md.
 """
 
 from __future__ import annotations

@@ -143,3 +143,32 @@ def test_titles_and_new_kinds(tmp_path, number):
     assert [joined.behaviors[k] for k in met.kind] == ["click", "wish"]
     assert joined.item_ids.number_of(77) == 2
     assert met.category.tolist() == [0, 0]
+
+
+def one_user(path, kinds: list[str]) -> Store:
+    """Items 1, 2 and 2 again at seconds 0, 5 and 5, the last two of different kinds."""
+    return stored(table([7] * 3, [1, 2, 2], [0] * 3, [START, START + 5, START + 5], kinds), path / "base")
+
+
+def test_what_the_store_has_already_is_left_out(tmp_path):
+    """The same user, item, time and kind; all else is another event."""
+    base = one_user(tmp_path, ["a", "a", "b"])
+    sent = [(1, 0, 0), (1, 5, 0), (1, 0, 1), (2, 5, 0), (2, 5, 1), (2, 5, 2), (3, 0, 0), (2, 4, 0)]
+    item, time, kind = (np.array(column, np.int64) for column in zip(*sent, strict=True))
+    number = np.array([0, base.item_number(1), base.item_number(2), 2])
+    live = LiveEvents(number[item], np.zeros(len(sent), np.int64), START + time, kind)
+    joined = Joined(base, [0], [7], [live], New((3,), (0,), ("c",)))
+    met = joined.life(0, START + 10).in_context(0, 100)
+    found = sorted(zip(joined.item_ids.take(met.item), met.time - START, met.kind, strict=True))
+    assert found == [(1, 0, 0), (1, 0, 1), (1, 5, 0), (2, 4, 0), (2, 5, 0), (2, 5, 1), (2, 5, 2), (3, 0, 0)]
+    known = Joined(base, [0], [7], [LiveEvents(*(column[[0, 3, 4]] for column in live))])
+    assert told(known, 0, START + 10) == told(base, 0, START + 10)
+
+
+def test_more_new_kinds_than_a_store_could_hold(tmp_path):
+    base = one_user(tmp_path, ["a", "a", "b"])
+    n = 300
+    live = LiveEvents(np.zeros(n, int), np.zeros(n, int), START + 100 + np.arange(n), 2 + np.arange(n))
+    joined = Joined(base, [0], [7], [live], New(behaviors=tuple(f"kind {i}" for i in range(n))))
+    for met in (joined.life(0).in_context(0, n), joined.life(0).recent(n)):
+        assert [joined.behaviors[kind] for kind in met.kind] == [f"kind {i}" for i in range(n)]
