@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from longretriever.model.baselines.mind import MindConfig
     from longretriever.model.baselines.ulim import UlimConfig
     from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
+    from longretriever.model.extended import Added
     from longretriever.model.train import train
+    from longretriever.retrieve.added import add_items
     from longretriever.retrieve.interests import Contexts, Pgin, RandomInTop, Top
     from longretriever.retrieve.merge import probability, quota, round_robin, score
     from longretriever.retrieve.retrieval import Candidate, Retrieval
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from longretriever.store.ingest import ingest
 
 _HOME = {
+    "Added": "model.extended",
     "Candidate": "retrieve.retrieval",
     "Client": "client",
     "Contexts": "retrieve.interests",
@@ -48,6 +51,7 @@ _HOME = {
     "Top": "retrieve.interests",
     "TrainConfig": "model.config",
     "UlimConfig": "model.baselines.ulim",
+    "add_items": "retrieve.added",
     "evaluate_log": "evaluate.run",
     "index_model": "retrieve.retriever",
     "ingest": "store.ingest",
@@ -60,6 +64,7 @@ _HOME = {
 
 __version__ = package_version()
 __all__ = [
+    "Added",
     "Candidate",
     "Client",
     "Contexts",
@@ -80,6 +85,7 @@ __all__ = [
     "TrainConfig",
     "UlimConfig",
     "__version__",
+    "add_items",
     "evaluate_log",
     "index_model",
     "ingest",

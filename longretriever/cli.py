@@ -247,16 +247,31 @@ def index(
     path: Annotated[
         Path | None, typer.Option("--out", help="Folder of the index; default MODEL/index.")
     ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option("--add", help="New items to add to the model first: as --items of ingest."),
+    ] = None,
+    item_column: ItemColumns = None,
+    max_rejected: MaxRejected = 0.01,
     as_json: Json = False,
 ) -> None:
-    """Put the item vectors into one FAISS list per category."""
+    """Put the item vectors into one FAISS list per category; with --add, those of new items too."""
     from longretriever.retrieve.retriever import index_model
 
+    if item_column and not add:
+        raise InputError("--item-column is for --add, the items to add.")
+    if path is not None and add:
+        raise InputError("--add replaces the model together with MODEL/index: index to --out afterwards.")
+    added: dict[str, Any] | None = None
     with bar("indexing items", None) as advance:
-        target = index_model(model, path, progress=advance)
+        if add:
+            added = _add(model, add, item_column, max_rejected, advance)
+            target = model / "index"
+        else:
+            target = index_model(model, path, progress=advance)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-    facts = {"path": str(target), "bytes": size}
-    show(facts, as_json, {"index": target, "size": f"{size / 1e6:,.1f} MB"})
+    facts = {"path": str(target), "bytes": size} | ({} if added is None else {"items": added})
+    show(facts, as_json, {**_added_summary(added), "index": target, "size": f"{size / 1e6:,.1f} MB"})
 
 
 @app.command()
@@ -827,6 +842,39 @@ def _compact_summary(facts: Mapping[str, Any]) -> dict[str, Any]:
         "deleted": f"{facts['deleted']:,} live events that the store had before",
         "seconds": f"{facts['seconds']:.1f}",
     }
+
+
+def _add(
+    model: Path,
+    items: list[str],
+    item_column: list[str] | None,
+    max_rejected: float,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    from longretriever.retrieve.added import add_items
+
+    columns = _pairs(item_column, "--item-column")
+    report = add_items(model, items, columns=columns, max_rejected=max_rejected, progress=progress)
+    return report.as_dict()
+
+
+def _added_summary(added: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What became of items to add, in words for people; nothing where none were given."""
+    if added is None:
+        return {}
+    rows, features = added["rows"], added["features"]
+    lost = "".join(f", {n:,} {reason}" for reason, n in rows.items() if n and reason != "read")
+    into = f" in {len(added['categories']):,} categories" if added["added"] else ""
+    summary = {
+        "rows": f"{rows['read']:,} read{lost}",
+        "added": f"{added['added']:,} items{into}",
+        "already there": f"{added['already']:,} items, left as they are",
+    }
+    for name, found in features.items():
+        summary[f"feature {name}"] = ", ".join(f"{n:,} {what}" for what, n in found.items())
+    if added["plain"]:
+        summary["no feature known"] = f"{added['plain']:,} items: those of one category have one vector"
+    return summary
 
 
 def _ingest_summary(path: str, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,3 +56,17 @@ def random_log(seed: int, events=300, users=8, items=20, categories=4, times=60)
     kinds = np.array(["click", "buy"])[rng.integers(0, 2, events)]
     time = START + rng.integers(0, times, events) * 1000
     return table(rng.integers(0, users, events), item, item % categories, time, kinds)
+
+
+def parity_items(items: np.ndarray, per_category: int = 12) -> pa.Table:
+    """An items file for `parity_log`: titles, a feature that tells the parity, and one that does not."""
+    number = np.array(items)
+    return pa.table(
+        {
+            "item_id": items,
+            "category_id": number // per_category,
+            "title": [f"thing {n}" for n in number],
+            "kind": [("even", "odd")[n % 2] for n in number],
+            "year": number % 5 + 1990,
+        }
+    )
