@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +216,75 @@ def test_ids_with_brackets_are_printed_as_they_are(command, workspace):
     assert f"Contexts asked for user {user}" in said.out
     assert "[/] " in said.out
     assert "[b]" in said.out
+
+
+# -- new items
+
+
+@pytest.fixture
+def growing(workspace) -> Path:
+    """A copy of the model, and items to add: two new ones and one that it has."""
+    shutil.rmtree(workspace / "growing", ignore_errors=True)
+    shutil.copytree(workspace / "model", workspace / "growing")
+    lines = [
+        "thing,category_id,title,brand",
+        "100000,0,a new lamp,brand 07",
+        "100001,1,another,none",
+        "0,0,x,y",
+    ]
+    (workspace / "new.csv").write_text("\n".join(lines))
+    return workspace / "growing"
+
+
+def test_new_items_are_added_and_found(command, growing):
+    words = ("index", "growing", "--add", "new.csv", "--item-column", "item_id=thing")
+    said = command(*words)
+    assert said.code == 0, said.err
+    for line in (
+        r"rows +3 read",
+        r"added +2 items in 2 categories",
+        r"already there +1 items, left as they are",
+        r"feature brand +1 known, 1 unknown, 0 missing",
+        r"feature price_band +0 known, 0 unknown, 2 missing",
+        r"no feature known +1 items: those of one category have one vector",
+        r"index +growing/index",
+    ):
+        assert re.search(line, said.out), line
+    asked = ("retrieve", "growing", "--user", 7, "--include-category", 0, "--k", 500, "--json")
+    found = {c["item_id"]: c["title"] for c in command(*asked).json["candidates"]}
+    assert found[100000] == "a new lamp"
+    before = command("verify", "growing", "--json").json["fingerprint"]
+    again = command(*words, "--json").json
+    assert (again["items"]["added"], again["items"]["already"]) == (0, 3)
+    assert command("verify", "growing", "--json").json["fingerprint"] == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--add", "nowhere.csv"], r"nowhere\.csv: no items file there"),
+        (["--add", "new.csv"], "no column item_id; .*Name the right one with --item-column item_id=NAME"),
+        (["--item-column", "item_id=thing"], "--item-column is for --add"),
+        (["--add", "new.csv", "--out", "x"], "--add replaces the model together with MODEL/index"),
+        (
+            ["--add", "new.csv", "--item-column", "item_id=title", "--item-column", "title=thing"],
+            "item_id 'a new lamp' is not an integer, the ids of growing are",
+        ),
+        (
+            ["--add", "new.csv", "--item-column", "item_id=thing", "--item-column", "category_id=thing"],
+            r"2 of 2 new items are of no category .* such as 100000 \(category 100000\)",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_of_new_items(command, growing, options, message):
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(command("index", "growing", *options).error)
+
+
+def test_new_items_need_no_torch(workspace, growing):
+    words = ("index", "growing", "--add", "new.csv", "--item-column", "item_id=thing", "--json")
+    assert shell(WITHOUT_TORCH, *words, cwd=workspace).json["items"]["added"] == 2
 
 
 # -- evaluate, verify

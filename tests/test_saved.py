@@ -88,6 +88,25 @@ def test_an_error_leaves_the_old_one_or_nothing(tmp_path):
     assert not hidden(tmp_path / "old")
 
 
+def test_what_is_made_from_it_can_appear_with_it(tmp_path):
+    """`then` finds the folder as it will be, and its own folders are no part of the manifest."""
+    target = write(tmp_path / "store", 1)
+
+    def then(made: Path) -> None:
+        assert opening(made, "store").facts["value"] == 2
+        assert opening(target, "store").facts["value"] == 1
+        write(made / "index", 3, kind="index")
+
+    with writing(target, "store", then) as folder:
+        folder.facts["value"] = 2
+    assert opening(target, "store", verify=True).files.keys() == set()
+    assert opening(target / "index", "index", verify=True).facts["value"] == 3
+    with pytest.raises(ZeroDivisionError), writing(target, "store", lambda made: 1 / 0):
+        pass
+    assert opening(target, "store").facts["value"] == 2
+    assert not hidden(target)
+
+
 KILLED = """
 import os, signal, sys
 import numpy as np

@@ -60,13 +60,12 @@ def random_log(seed: int, events=300, users=8, items=20, categories=4, times=60)
 
 def parity_items(items: np.ndarray, per_category: int = 12) -> pa.Table:
     """An items file for `parity_log`: titles, a feature that tells the parity, and one that does not."""
-    number = np.array(items)
     return pa.table(
         {
             "item_id": items,
-            "category_id": number // per_category,
-            "title": [f"thing {n}" for n in number],
-            "kind": [("even", "odd")[n % 2] for n in number],
-            "year": number % 5 + 1990,
+            "category_id": items // per_category,
+            "title": [f"thing {item}" for item in items],
+            "kind": [("even", "odd")[item % 2] for item in items],
+            "year": items % 5 + 1990,
         }
     )

@@ -11,6 +11,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +74,11 @@ class ItemTower(nn.Module):
         for i, table in enumerate(self.features):
             x_Id = x_Id + table(feature_IF[:, i])
         return x_Id
+
+    def feature_rows(self) -> Tensor:
+        """[V, d] the rows of all codes of all fields, field after field."""
+        none = self.category.weight.new_empty(0, self.category.embedding_dim)
+        return torch.cat([none, *self.features.parameters()])
 
     @property
     def scale(self) -> Tensor:
@@ -240,7 +246,14 @@ class Learner(nn.Module):
             tokens[part] = self.item_tokens(rows, part)
         tokens.flush()
         folder.save_array("category_token", self.item.category.weight.detach().numpy())
-        return {"method": self.method, "scale": self.item.scale.item(), **self.export(folder.path)}
+        folder.save_array("feature_token", self.item.feature_rows().detach().numpy())
+        folder.save_array("category_row", self.category_rows(rows).numpy())
+        return {
+            "method": self.method,
+            "scale": self.item.scale.item(),
+            "item_fields": [asdict(field) for field in store.item_fields],
+            **self.export(folder.path),
+        }
 
     @torch.no_grad()
     def item_tokens(self, rows: ItemRows, part: slice) -> np.ndarray:
@@ -250,6 +263,12 @@ class Learner(nn.Module):
             torch.from_numpy(self.store.item_category[part]).long(),
             torch.from_numpy(np.array(self.store.item_feature[part])).long(),
         ).numpy()
+
+    def category_rows(self, rows: ItemRows) -> Tensor:
+        """[C, d] the mean of the item rows of each category; 0 of one without items."""
+        category, n = torch.from_numpy(self.store.item_category).long(), self.store.n_categories
+        sum_Cd = torch.zeros(n, self.config.dim).index_add_(0, category, rows.weight)
+        return sum_Cd / category.bincount(minlength=n).clamp(min=1)[:, None]
 
 
 def write_onnx(

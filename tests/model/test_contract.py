@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from longretriever.model.baselines.mind import MindConfig
 from longretriever.model.baselines.ulim import UlimConfig
 from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.train import train
+from longretriever.retrieve.added import add_items
 from longretriever.retrieve.retriever import Retriever, index_model
 from tests.worlds import DAY, START, parity_log, stored, table
 
@@ -128,6 +130,21 @@ def test_nothing_after_now_is_known(log, store, model, tmp_path):
     for user in range(30):
         a, b = past.retrieve(user, 20, now=NOW), other.retrieve(user, 20, now=NOW)
         assert_same([(a.item_ids, a.score)], [(b.item_ids, b.score)])
+
+
+def test_items_that_nobody_has_met_can_be_added(model, tmp_path):
+    path = tmp_path / "m"
+    shutil.copytree(model, path)
+    before = lists(Retriever.load(path), k=100)
+    assert (
+        add_items(path, table([0, 0], [100, 101], [1, 2], [START, START]).drop_columns(["user_id"])).added
+        == 2
+    )
+    retriever = Retriever.load(path, verify=True)
+    for (old, _), (found, score) in zip(before, lists(retriever, k=100), strict=True):
+        assert set(old) < set(found) <= {*old, 100, 101}
+        assert np.isfinite(score).all()
+    assert retriever.model.category_of(np.array([12, 24, 25, 37])).tolist() == [1, 1, 2, 2]
 
 
 def test_users_without_a_past(model):

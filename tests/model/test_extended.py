@@ -301,7 +301,11 @@ def test_few_rows_without_an_id_can_be_put_up_with(place):
     assert (added.added, added.rows["no item_id"]) == (1, 1)
 
 
-def test_numbers_for_a_model_whose_ids_are_text(place):
+def test_ids_of_the_other_type(place):
+    """Text that is a number for a model whose ids are numbers, and the other way round."""
+    path = place()
+    extend(path, pa.table({"item_id": ["100", "-7"], "category_id": ["1", "1"]}))
+    assert [Model.open(path).item_ids.number_of(i) for i in (-7, 12, 100)] == [8, 9, 17]
     path = place("text")
     extend(path, pa.table({"item_id": [7], "category_id": ["c1"]}))
     assert Model.open(path).item_ids.number_of("7") == 8, "before i12, the first of its category"

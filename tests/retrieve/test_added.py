@@ -108,19 +108,20 @@ def test_candidates_have_titles_and_reasons(added):
 
 
 def test_probabilities_count_the_new_items(added):
-    retriever = Retriever.load(added, interests=Top(3))
-    index = Index.open(added / "index")
-    for user in range(0, 60, 9):
-        answer = retriever.retrieve(user, 1000)
-        share = {c.category_id: c.share for c in answer.contexts}
-        total = np.bincount(answer.source, np.exp([c.log_prob for c in answer.candidates]))
-        assert len(answer) == 36
-        assert total.sum() <= len(share) + 0.01
-    user = retriever.model.item_vectors(np.array([0]))
-    item, cosine = index.search(user, np.array([1]), 3)
-    exact = retriever.model.item_vectors(slice(12, 24)) @ user[0]
-    wanted = np.logaddexp.reduce(10 * exact.astype(np.float64))
-    assert index.log_normaliser(user, np.array([1]), 10.0, item, cosine)[0] == pytest.approx(wanted, abs=0.01)
+    retriever, index = of_contexts(added), Index.open(added / "index")
+    for indexed in (False, True):
+        if indexed:
+            retriever = Retriever(retriever.model, index, retriever.store, interests=Top(3))
+        for user in range(0, 60, 9):
+            answer = retriever.retrieve(user, 1000)
+            assert len(answer) == 12 * len(answer.contexts)
+            total = np.bincount(answer.source, np.exp([c.log_prob for c in answer.candidates]))
+            np.testing.assert_allclose(total, 1, atol=0.01)
+    user_ND = retriever.model.item_vectors(np.array([0]))
+    item_Nk, cosine_Nk = index.search(user_ND, np.array([1]), 3)
+    cosine = retriever.model.item_vectors(slice(12, 24)) @ user_ND[0]
+    found = index.log_normaliser(user_ND, np.array([1]), 10.0, item_Nk, cosine_Nk)
+    assert found[0] == pytest.approx(np.logaddexp.reduce(10 * cosine.astype(np.float64)), abs=0.01)
 
 
 def test_the_index_and_a_scan_of_all_say_the_same(added):
