@@ -14,6 +14,9 @@ REQUIRED_EVENT_COLUMNS = (USER, ITEM, TIME)
 
 SECONDS_PER_DAY = 86_400
 
+MOST_KINDS = 255
+"""Kinds of behavior of one store: their codes are bytes."""
+
 EARLIEST = 0
 """Times before 1970 are rejected as absurd."""
 

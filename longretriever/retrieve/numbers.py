@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,25 @@ class Numbers:
         known = {kind: code for code, kind in enumerate(model.behaviors)}
         self.kind = np.array([known.get(kind, 0) for kind in store.behaviors] or [0], np.int64)
         self.profile = ProfileCodes(store, model.profile_fields)
+        self._new_item, self._number_of = np.full(1, -1), model.item_ids.number_of
+
+    def of(self, store: Store) -> Numbers:
+        """The same for a store joined with live events, which may name items that only the model knows."""
+        if not store.new_item_ids:
+            return self
+        numbers, found = copy(self), map(self._number_of, store.new_item_ids)
+        numbers._new_item = np.array([-1 if number is None else number for number in found])
+        return numbers
 
     def items(self, items: np.ndarray) -> np.ndarray:
         """Those that the model knows."""
-        found = _looked_up(self.item, items, -1)
+        found = self._items(items)
         return found[found >= 0]
+
+    def _items(self, items: np.ndarray) -> np.ndarray:
+        """Numbers of the model, -1 of what it does not know."""
+        known, beyond = len(self.item), np.clip(items - len(self.item), 0, len(self._new_item) - 1)
+        return np.where(items < known, self.item[np.minimum(items, known - 1)], self._new_item[beyond])
 
     def contexts(self, chosen: Contexts) -> Contexts:
         """Those that the model knows."""
@@ -52,13 +67,8 @@ class Numbers:
         """Known ones in the model's numbers; an item that the model has never seen is -1."""
         if self.same and b.item.max(initial=0) < len(self.item) and b.kind.max(initial=0) < len(self.kind):
             return b
-        item, kind = _looked_up(self.item, b.item, -1), _looked_up(self.kind, b.kind, 0)
-        return Behaviors(item, self.category[b.category], b.time, kind)
-
-
-def _looked_up(table: np.ndarray, numbers: np.ndarray, otherwise: int) -> np.ndarray:
-    """What the table says of numbers, `otherwise` of those beyond it: live events may name what is new."""
-    return np.where(numbers < len(table), table[np.minimum(numbers, len(table) - 1)], otherwise)
+        kind = np.where(b.kind < len(self.kind), self.kind[np.minimum(b.kind, len(self.kind) - 1)], 0)
+        return Behaviors(self._items(b.item), self.category[b.category], b.time, kind)
 
 
 class ProfileCodes:

@@ -211,7 +211,7 @@ class Retriever:
         self, life: Life, contexts: Sequence[tuple[int, float]]
     ) -> list[tuple[tuple[Request, Behaviors], float]]:
         """Rows of the user tower for one life, each with the behaviors that speak in it, and its share."""
-        numbers, model = self._numbers, self.model
+        numbers, model = self._numbers.of(life.store), self.model
         lately = numbers.known(life.sampled(max(1, model.recent_length), model.life_sample))
         recent, profile = numbers.behaviors(lately), numbers.profile(life.profile())
         out = []
@@ -331,7 +331,7 @@ class Retriever:
             unwanted = ruled.items
             if ruled.rules.exclude_seen:
                 if id(life) not in seen:
-                    seen[id(life)] = np.sort(self._numbers.items(life.items()))
+                    seen[id(life)] = np.sort(self._numbers.of(life.store).items(life.items()))
                 unwanted = np.union1d(unwanted, seen[id(life)]) if len(ruled.items) else seen[id(life)]
             if row.category == CORPUS:
                 out.append(unwanted)

@@ -223,8 +223,9 @@ async def events(request: Request, sent: wire.EventsSent | wire.EventSent) -> Re
     if journal.waiting > settings.queue:
         metrics.refused.labels("journal").inc()
         raise Busy
-    checked = await request.app.state.work.short(_serving(request).events, one_or_more, time.time())
-    written = await asyncio.wrap_future(journal.append(checked))
+    serving = _serving(request)
+    checked = await request.app.state.work.short(serving.events, one_or_more, time.time())
+    written = await asyncio.wrap_future(journal.append(checked, serving.store.behaviors))
     metrics.events.labels("accepted").inc(written.accepted)
     metrics.events.labels("duplicate").inc(written.duplicates)
     return _json(wire.EventsWritten(*written))

@@ -238,12 +238,23 @@ class Serving:
         check_id(sent.item_id, self.store.items[ITEM], f"{where}.item_id")
         if sent.category_id is not None:
             check_id(sent.category_id, self.store.category_ids.values, f"{where}.category_id")
-        elif self.store.item_ids.number_of(sent.item_id) is None:
-            raise InputError(
-                f"{where}.item_id: {sent.item_id!r} is not in the store: send its category_id as well."
-            )
+        category_id = sent.category_id
+        if self.store.item_ids.number_of(sent.item_id) is None:
+            category_id = self._category_at_model(sent.item_id, category_id)
+            if category_id is None:
+                raise InputError(
+                    f"{where}.item_id: {sent.item_id!r} is not known here: send its category_id as well."
+                )
         when = int(arrived if sent.timestamp is None else sent.timestamp)
-        return Event(sent.user_id, sent.item_id, sent.category_id, when, sent.behavior, sent.event_id)
+        return Event(sent.user_id, sent.item_id, category_id, when, sent.behavior, sent.event_id)
+
+    def _category_at_model(self, item_id: int | str, otherwise: int | str | None) -> int | str | None:
+        """What an item that the store does not know belongs to, where it was added to the model."""
+        item = self.model.item_ids.number_of(item_id)
+        if item is None:
+            return otherwise
+        known: int | str = self.model.category_ids.take(self.model.category_of(np.array([item])))[0]
+        return known
 
     def range_of(self, category_id: str) -> tuple[int, int]:
         """The item numbers of a category whose id comes as text. Raises `UnknownCategory`, `InputError`."""

@@ -149,6 +149,8 @@ class Store:
     item_feature    [I, F] codes of the item features;  `item_fields` names them
     """
 
+    new_item_ids: tuple[int | str, ...] = ()  # of items behind its own, where live events name some
+
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.path = manifest.path

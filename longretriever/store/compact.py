@@ -28,12 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longretriever.errors import InputError, Mismatch, NotSaved
-from longretriever.events import BEHAVIOR, CATEGORY, ITEM, TIME, TITLE, USER
+from longretriever.events import BEHAVIOR, CATEGORY, ITEM, MOST_KINDS, TIME, TITLE, USER
 from longretriever.saved import beside, check_replaceable
 from longretriever.store.behaviors import Store, Vocabulary
 from longretriever.store.ingest import IngestReport, ingest
 from longretriever.store.live import Event, Journal, check_journal
-from longretriever.store.sources import MOST_KINDS, SHOWN
+from longretriever.store.sources import SHOWN
 
 _AT_ONCE = 1 << 18  # rows of the store that are written out together
 _LIVE_AT_ONCE = 1 << 14

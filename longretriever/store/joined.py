@@ -69,6 +69,7 @@ class Joined(Store):
         newest = [int(one.time.max()) for one in live if len(one.time)]
         self.first_time, self.last_time = store.first_time, max([int(store.last_time), *newest])
         self._store, self._users, self._new = store, users, new
+        self.new_item_ids = new.item_ids
         self._arrange(store, users, live)
 
     def _arrange(self, store: Store, users: Sequence[int | None], live: Sequence[LiveEvents]) -> None:

@@ -27,6 +27,7 @@ from uuid import uuid4
 import numpy as np
 
 from longretriever.errors import Damaged, InputError, Mismatch, NotSaved, SavedError
+from longretriever.events import MOST_KINDS
 from longretriever.saved import sync
 from longretriever.store.behaviors import Life, Store
 from longretriever.store.joined import Joined, LiveEvents, New
@@ -48,6 +49,7 @@ CREATE TABLE event (
 ) STRICT;
 CREATE UNIQUE INDEX life ON event (user_id, time, item_id, behavior);
 CREATE UNIQUE INDEX by_event_id ON event (event_id) WHERE event_id IS NOT NULL;
+CREATE TABLE kind (behavior TEXT PRIMARY KEY) STRICT;
 CREATE TABLE about (name TEXT PRIMARY KEY, value ANY) STRICT;
 """
 
@@ -84,6 +86,7 @@ class Journal:
         self._closing = threading.Lock()  # nothing is asked for behind the end of the queue
         self._closed = False
         self._readers: list[sqlite3.Connection] = []
+        self._kinds: set[str] = set()  # known to be in the file
         with _locked(self.path):
             writer = _connect(self.path)
             self.id = _prepared(self.path, writer)
@@ -103,15 +106,31 @@ class Journal:
 
     # -- writing
 
-    def append(self, events: Sequence[Event]) -> Future[Written]:
+    def append(self, events: Sequence[Event], beside: Iterable[str] = ()) -> Future[Written]:
         """Write events, all or none; the future is done once they are on the disk.
 
         An event whose event_id is known, or that is equal in user, item, time and behavior, is not written
         again. A future that is cancelled before its turn writes nothing. Raises `InputError` for an event
-        without user, item, time or kind.
+        without user, item, time or kind; the future does where the journal's kinds and
+        those `beside` it, of the store, would be more than a store can hold.
         """
         rows = [_checked(event) for event in events]
-        return self._ask(lambda connection: _insert(connection, rows))
+        new = {event.behavior for event in events} - self._kinds
+        return self._ask(lambda connection: self._insert(connection, rows, new, {*beside}))
+
+    def _insert(
+        self, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]], new: set[str], beside: set[str]
+    ) -> Written:
+        if new:
+            connection.executemany("INSERT OR IGNORE INTO kind VALUES (?)", [(kind,) for kind in new])
+            there = {kind for (kind,) in connection.execute("SELECT behavior FROM kind")}
+            if len(there | beside) > MOST_KINDS:
+                raise InputError(
+                    f"behavior: {min(new - beside)!r} would be one kind more than the {MOST_KINDS} that a "
+                    "store holds. What tells single events apart belongs in event_id."
+                )
+            self._kinds = there
+        return _insert(connection, rows)
 
     def forget(self, user_id: int | str) -> Future[int]:
         """Delete a user's live events and hide what the store has of him; the number of those deleted."""

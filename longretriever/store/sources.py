@@ -38,6 +38,7 @@ from longretriever.events import (
     ITEM,
     LATEST,
     MILLISECONDS,
+    MOST_KINDS,
     REQUIRED_EVENT_COLUMNS,
     SECONDS,
     TIME,
@@ -54,7 +55,6 @@ OPTION = {"events": "--column", "items": "--item-column", "users": "--user-colum
 UNIT_NAMES = {SECONDS: "seconds", MILLISECONDS: "milliseconds"}
 BROKEN = "broken row"
 SHOWN = 5  # examples in an error
-MOST_KINDS = 255  # of behavior: their codes are bytes
 
 _EXTENSIONS = (".parquet", ".pq", ".csv", ".tsv", ".txt")
 _RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # `user_id:token` of an atomic file is user_id

@@ -14,14 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pyarrow as pa
 import pytest
 
 from longretriever.errors import InputError
+from longretriever.retrieve.added import add_items
 from longretriever.serve.door import Busy, OutOfTime, Workroom
 from longretriever.serve.settings import Settings
 from longretriever.store.compact import compact
 from longretriever.store.live import Journal
-from tests.serve.running import copied, made, refused_to_start, serving, start, wait_until
+from tests.serve.running import Server, copied, made, refused_to_start, serving, start, wait_until
 
 READ, WRITE = "r" * 24, "w" * 24
 
@@ -181,6 +183,36 @@ def test_a_link_that_is_turned_is_followed(model, newer, tmp_path):
         turned.replace(link)
         wait_until(lambda: server.get("/readyz").json()["model"] != before)
         wait_until(lambda: server.log.read_text().count('"reloaded"') == 2)
+
+
+def test_items_added_beside_a_running_server_are_found_met_and_folded_in(model, tmp_path):
+    live = copied(model, tmp_path)
+    options = ("--store", str(tmp_path / "store"), "--watch", "0.1")
+    with serving(live, tmp_path, *options) as server:
+        event = {"user_id": 8, "item_id": 900_001, "timestamp": 1.7e9}
+        assert server.post("/v1/events", event).status_code == 422
+        add_items(live, pa.table({"item_id": [900_001], "category_id": [2]}))
+        wait_until(lambda: server.post("/v1/events", event).status_code == 200)
+        asked = {"user_id": 8, "k": 1000, "interests": {"select": "top", "n": 1, "include": [2]}}
+
+        def found(**more: object) -> dict[int, int]:
+            answer = server.post("/v1/retrieve", {**asked, **more}).json()
+            return {c["item_id"]: c["category_id"] for c in answer["candidates"]}
+
+        assert found()[900_001] == 2
+        assert found(exclude_seen=True).keys() == found().keys() - met(server, 8)
+        assert 900_001 in met(server, 8)
+        compact(tmp_path / "store", tmp_path / "live.sqlite")
+        wait_until(lambda: server.get("/v1/model").json()["live_events"] == 0)
+        assert 900_001 in met(server, 8)
+        assert 900_001 not in found(exclude_seen=True)
+
+
+def met(server: Server, user_id: int) -> set[int]:
+    """All items of a life that is not long."""
+    life = server.get(f"/v1/users/{user_id}?recent=1000").json()
+    assert len(life["recent"]) == life["behaviors"]
+    return {behavior["item_id"] for behavior in life["recent"]}
 
 
 def test_compaction_beside_a_running_server_changes_no_life(model, tmp_path):

@@ -232,7 +232,7 @@ def test_an_event_counts_at_once(visit, another):
     assert any("buy" in one for one in found.page.locator("#recent-list li").all_text_contents()[:2])
     found.page.fill("#item", "99999999")
     found.page.click("#add")
-    expect(found.page.locator("#event-note")).to_contain_text("not in the store")
+    expect(found.page.locator("#event-note")).to_contain_text("not known here")
 
 
 def test_curl_and_python_ask_the_same(visit, busy):

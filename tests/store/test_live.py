@@ -430,6 +430,21 @@ def test_what_is_forgotten_is_overwritten(tmp_path):
     assert b"secret" not in (tmp_path / "live.sqlite").read_bytes()
 
 
+def test_a_sender_who_mistakes_kinds_for_ids_cannot_use_them_up(tmp_path):
+    beside = ["click", "buy"]
+    with opened(tmp_path / "live.sqlite") as journal, opened(tmp_path / "live.sqlite") as other:
+        journal.append([event(n, behavior=f"click {n}") for n in range(252)], beside).result(10)
+        other.append([event(0, behavior="buy")], beside).result(10)
+        journal.append([event(1, behavior="share")], beside).result(10)
+        for one in (journal, other):
+            with pytest.raises(InputError, match="'save' would be one kind more than the 255"):
+                one.append([event(2, behavior="click"), event(2, behavior="save")], beside).result(10)
+        other.append([event(2, behavior="click 9")], beside).result(10)
+        assert journal.count() == 255
+    with opened(tmp_path / "live.sqlite") as journal, pytest.raises(InputError, match="'save'"):
+        journal.append([event(2, behavior="save")], beside).result(10)
+
+
 # -- folding
 
 
