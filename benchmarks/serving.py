@@ -13,7 +13,8 @@ http     requests a second and latency at 50, 80 and 100% of what the server can
          on the same machine, and what it took of a core is said
 events   an acknowledgement beside a bare write and sync of the same disk; and how long until the next
          answer knows of an event
-memory   workers that share their files: start-up and memory (PSS, where shared pages count once)
+memory   workers that share their files: start-up and memory (PSS, where shared pages count once; how much
+         of it is no file's)
 """
 
 from __future__ import annotations
@@ -476,20 +477,26 @@ def in_memory(model: Path, work: Path, workers: int) -> dict[str, Any]:
     with _server(model, work, "--workers", str(workers)) as (url, process, ready):
         asyncio.run(_closed(url, bodies, 4 * workers, 2.0))
         family = [process, *process.children(recursive=True)]
-        full = [one.memory_full_info() for one in family]
+        kinds = [_memory(one.pid) for one in family]
     return {
         "workers": workers,
         "ready_s": round(ready, 2),
-        "pss_mb": round(sum(one.pss for one in full) / 1e6),
-        "private_mb": round(sum(one.uss for one in full) / 1e6),
+        "pss_mb": round(sum(kind["Pss"] for kind in kinds) / 1e3),
+        "own_mb": round(sum(kind["Anonymous"] for kind in kinds) / 1e3),
     }
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """kB by kind. What is not anonymous are pages of files, which the system can take back."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _table(report: dict[str, Any]) -> str:
     printers = {"request": _of_request, "lives": _of_lives, "http": _of_http, "events": _of_events}
     lines = [line for part, of in printers.items() if part in report for line in of(report[part])]
     for row in report.get("memory", []):
-        memory = f"{row['pss_mb']} MB, {row['private_mb']} MB of it their own"
+        memory = f"{row['pss_mb']} MB, {row['own_mb']} MB of it not pages of files"
         lines.append(f"{row['workers']} workers: ready in {row['ready_s']} s, {memory}")
     return "\n".join(lines)
 

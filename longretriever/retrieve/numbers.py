@@ -94,8 +94,9 @@ def matched(ids: Any, among: Any) -> np.ndarray:
             f"the store's ids are {ids.type}, the model's {among.type}. "
             "Ingest the log with ids of the same type."
         )
-    found = pyarrow.compute.fill_null(pyarrow.compute.index_in(ids, value_set=among), -1)
-    return found.to_numpy().astype(np.int64)
+    found = pyarrow.compute.fill_null(pyarrow.compute.index_in(ids, value_set=among), -1).to_numpy()
+    pyarrow.default_memory_pool().release_unused()  # a hash table of all ids, in each process that serves
+    return found.astype(np.int64)
 
 
 def inverse(numbers: np.ndarray, size: int) -> np.ndarray:

@@ -27,12 +27,11 @@ _NOTHING = Behaviors(*np.empty((4, 0), np.int64))
 class Popular:
     """Counts of a store's newest days in the numbers of a model; reads all times of the store once."""
 
-    def __init__(self, store: Store, model: Model, days: int = DAYS) -> None:
+    def __init__(self, store: Store, model: Model, numbers: Numbers, days: int = DAYS) -> None:
         self.model = model
         count = _counts(store, store.last_time - days * SECONDS_PER_DAY)
-        at_model = Numbers(store, model).item
-        known = np.flatnonzero((count > 0) & (at_model >= 0))
-        item, count = at_model[known], count[known]
+        known = np.flatnonzero((count > 0) & (numbers.item >= 0))
+        item, count = numbers.item[known], count[known]
         category = model.category_of(item)
         order = np.lexsort((item, -count, category))
         self._item, self._count = item[order], count[order]

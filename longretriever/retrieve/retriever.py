@@ -82,7 +82,7 @@ class Retriever:
         self._pgin: dict[str | os.PathLike[str] | None, Pgin] = {}  # by the path given, opened once
         self.interests = self._bound(interests)
         self.merge = merge or MERGES[model.merge]
-        self._numbers = Numbers(store, model)
+        self.numbers = Numbers(store, model)
 
     @classmethod
     def load(
@@ -165,7 +165,7 @@ class Retriever:
         chosen = self._choose(looked_at, rng, self._bound(interests) if interests else self.interests)
         lap("interests")
         for i, life in enumerate(looked_at):
-            contexts = ruled.contexts(self._numbers.contexts(chosen[i]))
+            contexts = ruled.contexts(self.numbers.contexts(chosen[i]))
             mine = self._requests(life, contexts)
             rows += [row for row, _ in mine]
             shares += [share for _, share in mine]
@@ -211,7 +211,7 @@ class Retriever:
         self, life: Life, contexts: Sequence[tuple[int, float]]
     ) -> list[tuple[tuple[Request, Behaviors], float]]:
         """Rows of the user tower for one life, each with the behaviors that speak in it, and its share."""
-        numbers, model = self._numbers.of(life.store), self.model
+        numbers, model = self.numbers.of(life.store), self.model
         lately = numbers.known(life.sampled(max(1, model.recent_length), model.life_sample))
         recent, profile = numbers.behaviors(lately), numbers.profile(life.profile())
         out = []
@@ -331,7 +331,7 @@ class Retriever:
             unwanted = ruled.items
             if ruled.rules.exclude_seen:
                 if id(life) not in seen:
-                    seen[id(life)] = np.sort(self._numbers.of(life.store).items(life.items()))
+                    seen[id(life)] = np.sort(self.numbers.of(life.store).items(life.items()))
                 unwanted = np.union1d(unwanted, seen[id(life)]) if len(ruled.items) else seen[id(life)]
             if row.category == CORPUS:
                 out.append(unwanted)
@@ -432,7 +432,7 @@ class Retriever:
         for at in range(0, len(lives), BATCH):
             rows, places = [], []
             for i, life in enumerate(lives[at : at + BATCH], start=at):
-                number = int(self._numbers.category[category[i]])
+                number = int(self.numbers.category[category[i]])
                 if number >= 0:
                     ((request, _), _), *_ = self._requests(life.lately(self.model.within), [(number, 1.0)])
                     rows.append(request)
@@ -444,18 +444,18 @@ class Retriever:
 
     def store_vectors(self) -> np.ndarray:
         """[I, D] the item vectors in the store's numbers; 0 for items that the model does not know."""
-        vectors = np.zeros((len(self._numbers.item), self.model.dim), np.float32)
-        known = np.flatnonzero(self._numbers.item >= 0)
-        vectors[known] = self.model.item_vectors(self._numbers.item[known])
+        vectors = np.zeros((len(self.numbers.item), self.model.dim), np.float32)
+        known = np.flatnonzero(self.numbers.item >= 0)
+        vectors[known] = self.model.item_vectors(self.numbers.item[known])
         return vectors
 
     def store_categories(self, categories: np.ndarray) -> np.ndarray:
         """The store's numbers of category numbers of the model, -1 where the store has no such category."""
-        return np.where(categories >= 0, self._numbers.category_of_model[categories], -1)
+        return np.where(categories >= 0, self.numbers.category_of_model[categories], -1)
 
     def store_items(self, items: np.ndarray) -> np.ndarray:
         """The store's numbers of item numbers of the model, -1 where the store has no such item."""
-        return self._numbers.item_of_model[items]
+        return self.numbers.item_of_model[items]
 
 
 def _shared(log_shares: np.ndarray, returns: float | None) -> np.ndarray:

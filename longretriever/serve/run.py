@@ -6,9 +6,11 @@ import logging
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import uvicorn
 
+from longretriever.serve import fair
 from longretriever.serve.settings import Settings
 
 _GRACE = 30  # seconds for requests on their way, once it is told to stop
@@ -20,9 +22,10 @@ def run(settings: Settings) -> None:
     from longretriever.store.live import Journal
 
     settings.to_environment()
-    counts = tempfile.mkdtemp(prefix="longretriever-metrics-") if settings.workers > 1 else None
-    if counts:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
+    shared = Path(tempfile.mkdtemp(prefix="longretriever-workers-")) if settings.workers > 1 else None
+    if shared:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared)
+        fair.prepare(shared / "connections", settings.workers)
     journal = Journal(settings.journal)
     try:
         Serving(settings.source, journal)  # what cannot be served is said here, in one line, not by a worker
@@ -35,14 +38,15 @@ def run(settings: Settings) -> None:
             host=settings.host,
             port=settings.port,
             workers=settings.workers,
+            loop="longretriever.serve.fair:loop" if shared else "auto",
             timeout_graceful_shutdown=_GRACE,
             access_log=False,
             log_config=None,
             server_header=False,
         )
     finally:
-        if counts:
-            shutil.rmtree(counts, ignore_errors=True)
+        if shared:
+            shutil.rmtree(shared, ignore_errors=True)
 
 
 def worker() -> object:

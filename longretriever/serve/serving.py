@@ -82,7 +82,7 @@ class Serving:
         )
         self.store, self.model = self.retriever.store, self.retriever.model
         self.reader = Reader(self.store, journal)
-        self.popular = Popular(self.store, self.model)
+        self.popular = Popular(self.store, self.model, self.retriever.numbers)
         self.name = f"{self.model.method}-{self.model.fingerprint[:12]}"
         self.loaded = time.time()
         self.made = (self.model.path / MANIFEST).stat().st_mtime

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -49,7 +50,7 @@ CREATE TABLE event (
 ) STRICT;
 CREATE UNIQUE INDEX life ON event (user_id, time, item_id, behavior);
 CREATE UNIQUE INDEX by_event_id ON event (event_id) WHERE event_id IS NOT NULL;
-CREATE TABLE kind (behavior TEXT PRIMARY KEY) STRICT;
+CREATE TABLE kind (hash INTEGER PRIMARY KEY) STRICT;  -- of behavior; itself it may be somebody's to forget
 CREATE TABLE about (name TEXT PRIMARY KEY, value ANY) STRICT;
 """
 
@@ -122,14 +123,14 @@ class Journal:
         self, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]], new: set[str], beside: set[str]
     ) -> Written:
         if new:
-            connection.executemany("INSERT OR IGNORE INTO kind VALUES (?)", [(kind,) for kind in new])
-            there = {kind for (kind,) in connection.execute("SELECT behavior FROM kind")}
-            if len(there | beside) > MOST_KINDS:
+            connection.executemany("INSERT OR IGNORE INTO kind VALUES (?)", [(_hash(kind),) for kind in new])
+            there = {kind for (kind,) in connection.execute("SELECT hash FROM kind")}
+            if len(there.union(map(_hash, beside))) > MOST_KINDS:
                 raise InputError(
                     f"behavior: {min(new - beside)!r} would be one kind more than the {MOST_KINDS} that a "
                     "store holds. What tells single events apart belongs in event_id."
                 )
-            self._kinds = there
+            self._kinds |= new
         return _insert(connection, rows)
 
     def forget(self, user_id: int | str) -> Future[int]:
@@ -275,6 +276,10 @@ def _checked(event: Event) -> tuple[Any, ...]:
         if getattr(event, name) is None:
             raise InputError(f"{event}: {name} is missing; only category_id and event_id may be.")
     return tuple(event)
+
+
+def _hash(kind: str) -> int:
+    return int.from_bytes(blake2b(kind.encode(), digest_size=8).digest(), signed=True)
 
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> Written:

@@ -104,6 +104,9 @@ def start(model: Path, folder: Path, *options: str, environment: dict[str, str] 
         )
     server = Server(f"http://127.0.0.1:{port}", process, log, folder / "live.sqlite")
     wait_until(lambda: _ready(server), what=lambda: log.read_text())
+    if "--workers" in options:  # the first that is ready answers
+        workers = int(options[options.index("--workers") + 1])
+        wait_until(lambda: log.read_text().count('"serving"') >= workers)
     return server
 
 
