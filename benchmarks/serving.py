@@ -6,8 +6,8 @@ The log is generated: 2M items in 5,000 categories, users of 200 to 200,000 beha
 for moments only: what is measured does not depend on how good it is. Requests ask 5 contexts at random out of
 the top 20 for 500 candidates, as the paper does. Each figure is set beside another of the same run:
 
-request  `Retriever.answer` beside what it cannot do without: reading 5 slices, one ONNX run, one FAISS
-         search; they take turns on the same requests, one thread
+request  `Retriever.answer` beside what it cannot do without: reading 5 slices, ONNX runs, FAISS searches;
+         they take turns on the same requests, one thread
 lives    the same for users of 200, 2,000, 20,000 and 200,000 behaviors
 http     requests a second and latency at 50, 80 and 100% of what the server can do; the load generator runs
          on the same machine, and what it took of a core is said
@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import httpx
@@ -136,7 +136,7 @@ def _beside_parts(retriever: Retriever, lives: tuple[np.ndarray, np.ndarray], re
         user = int(users[n % len(users)])
         seen = _recorded(retriever, user, n)
         took, laps = _lapped(retriever, user, n)
-        bare = [_timed(part) for part in _bare(retriever, user, seen)]
+        bare = [_timed(part) for part in seen.parts(retriever.store, user)]
         if n >= 10:  # warm
             whole.append(took)
             parts.append(bare)
@@ -153,46 +153,62 @@ def _beside_parts(retriever: Retriever, lives: tuple[np.ndarray, np.ndarray], re
     }
 
 
-def _recorded(retriever: Retriever, user: int, seed: int) -> dict[str, Any]:
+class Bare(NamedTuple):
+    """What one request has to do at least: calls of ONNX Runtime and FAISS, and slices of the store."""
+
+    runs: list[tuple[Any, dict[str, np.ndarray]]]  # sessions and what they are fed with
+    searches: list[tuple[Any, tuple[Any, ...]]]  # indexes and what they are asked
+    categories: np.ndarray  # numbers of the store
+
+    def parts(self, store: Store, user: int) -> list[Callable[[], Any]]:
+        def slices() -> None:
+            for category in self.categories:
+                rows = store.in_context(user, int(category))
+                np.array(store.event_item[rows]), np.array(store.event_time[rows])
+
+        def onnx() -> None:
+            for session, feed in self.runs:
+                session.run(None, feed)
+
+        def search() -> None:
+            for lists, (vectors, k, wanted) in self.searches:
+                lists.search_preassigned(vectors, k, wanted, None)
+
+        return [slices, onnx, search]
+
+
+def _recorded(retriever: Retriever, user: int, seed: int) -> Bare:
     """What one request feeds to ONNX and FAISS."""
-    model, index, seen = retriever.model, retriever.index, {}
-    feed, search = model._feed, index.search
+    bare, categories = Bare([], [], np.empty(0)), []
+    searched = [retriever._of_contexts]
+    if retriever._of_all is not searched[0]:
+        searched.append(retriever._of_all)
+    for model, index in [(one.model, one.index) for one in searched]:
 
-    def keep_feed(rows: Any) -> Any:
-        seen["feed"] = feed(rows)
-        seen["categories"] = [row.category for row in rows]
-        return seen["feed"]
+        def keep_feed(rows: Any, model: Any = model, feed: Any = model._feed) -> Any:
+            categories.extend(row.category for row in rows if row.category >= 0)
+            bare.runs.append((model._session, feed(rows)))
+            return bare.runs[-1][1]
 
-    def keep_search(*given: Any) -> Any:
-        seen["search"] = given
-        return search(*given)
+        def keep_search(
+            vectors: Any, contexts: Any, k: int, without: Any, index: Any = index, search: Any = index.search
+        ) -> Any:
+            for whole, lists in ((False, index._faiss), (True, index._all)):
+                rows = (contexts < 0) == whole
+                wanted = (
+                    np.tile(np.arange(index.n_categories), (len(contexts), 1)) if whole else contexts[:, None]
+                )
+                if rows.any():
+                    bare.searches.append((lists, (vectors[rows], k, np.ascontiguousarray(wanted[rows]))))
+            return search(vectors, contexts, k, without)
 
-    model._feed, index.search = keep_feed, keep_search  # type: ignore[method-assign]
+        model._feed, index.search = keep_feed, keep_search
     try:
         _answer(retriever, user, seed)
     finally:
-        del model._feed, index.search
-    return seen
-
-
-def _bare(retriever: Retriever, user: int, seen: dict[str, Any]) -> list[Callable[[], Any]]:
-    store, index = retriever.store, retriever.index
-    at_store = retriever.store_categories(np.array(seen["categories"]))
-    vectors, contexts, k, _ = seen["search"]
-    wanted = np.ascontiguousarray(contexts[:, None])
-
-    def slices() -> None:
-        for category in at_store:
-            rows = store.in_context(user, int(category))
-            np.array(store.event_item[rows]), np.array(store.event_time[rows])
-
-    def onnx() -> None:
-        retriever.model._session.run(None, seen["feed"])
-
-    def search() -> None:
-        index._faiss.search_preassigned(vectors, k, wanted, None)
-
-    return [slices, onnx, search]
+        for model, index in [(one.model, one.index) for one in searched]:
+            del model._feed, index.search
+    return bare._replace(categories=retriever.store_categories(np.array(categories)))
 
 
 def _timed(work: Callable[[], Any]) -> float:
