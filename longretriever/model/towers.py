@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,53 +118,68 @@ class Encoder(nn.Module):
         return x_BMd + self.position[: self.prefix + N]
 
     def states(
-        self, rows: Sequence[Tensor], lengths: Sequence[Tensor], generator: torch.Generator | None = None
+        self,
+        x_Td: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        lengths: Sequence[Tensor],
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Run the transformer over rows of several shapes: [T, d], row after row, shape after shape.
+        """Run the transformer over tokens of rows of several shapes [B, M]: [T, d], row after row.
 
         `lengths[i]` [B] counts the behaviors of each row; what follows them is padding. The causal mask
         hides padding by itself since it stands at the end. `generator` draws what is dropped out.
         """
-        shapes = [(x.shape[0], x.shape[1]) for x in rows]
         masks = None
         if not self.causal:
             masks = [
-                (torch.arange(x.shape[1], device=x.device) < self.prefix + n[:, None])[:, None, None, :]
-                for x, n in zip(rows, lengths, strict=True)
+                (torch.arange(M, device=x_Td.device) < self.prefix + n[:, None])[:, None, None, :]
+                for (_, M), n in zip(shapes, lengths, strict=True)
             ]
-        flat = [x.reshape(-1, x.shape[-1]) for x in rows]
-        x_Td = drop(flat[0] if len(flat) == 1 else torch.cat(flat), self.dropout, generator)
+        x_Td = drop(x_Td, self.dropout, generator)
         for block in self.blocks:
             x_Td = block(x_Td, shapes, masks, generator)
         return self.norm(x_Td)
 
     def of_step(self, token_Ud: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
-        """[T, d] states of all rows of a step, as `Step.state` numbers them."""
-        rows = [
-            self.rows(
-                F.embedding(torch.from_numpy(b.item).long(), token_Ud),
-                torch.from_numpy(b.kind),
-                torch.from_numpy(b.profile),
+        """[T, d] states of all rows of a step, as `Step.state` numbers them.
+
+        All rows are looked up together: the gradient of each look-up is as large as all items of the step.
+        """
+        first = np.cumsum([1, *(table.num_embeddings for table in self.profile)])  # CLS, fields, items
+        prefix, rows = np.arange(self.prefix), [len(b.length) for b in step.buckets]
+        what, kind, place = (
+            torch.from_numpy(np.concatenate([x.ravel() for x in parts]))
+            for parts in zip(
+                *(
+                    (
+                        np.c_[np.zeros(B, np.int64), b.profile + first[:-1], b.item + first[-1]],
+                        np.c_[np.tile(prefix, (B, 1)), b.kind + self.prefix],
+                        np.tile(np.arange(self.prefix + b.item.shape[1]), (B, 1)),
+                    )
+                    for b, B in zip(step.buckets, rows, strict=True)
+                ),
+                strict=True,
             )
-            for b in step.buckets
-        ]
-        return self.states(rows, [torch.from_numpy(b.length) for b in step.buckets], generator)
+        )
+        table_Vd = torch.cat([self.cls[None], *(table.weight for table in self.profile), token_Ud])
+        x_Td = F.embedding(what, table_Vd) + self.token_type(kind) + F.embedding(place, self.position)
+        shapes = [(B, self.prefix + b.item.shape[1]) for b, B in zip(step.buckets, rows, strict=True)]
+        return self.states(x_Td, shapes, [torch.from_numpy(b.length) for b in step.buckets], generator)
 
     def bags_of_step(self, token_Ud: Tensor, step: Step) -> Tensor | None:
-        """[S, d] the mean of the behaviors that each sample's state knows; None for a tower without bags."""
+        """[S, d] the mean of the behaviors that each sample's state knows; None for a tower without bags.
+
+        A difference of two running sums over all tokens, in 64 bits, for they grow with the step.
+        """
         if self.bag_norm is None:
             return None
-        normed_Ud, means = self.bag_norm(token_Ud), []
-        for b in step.buckets:
-            x_BNd = F.embedding(torch.from_numpy(b.item).long(), normed_Ud)
-            if self.causal:  # the state after n behaviors knows n of them, that of CLS and profile none
-                mean_BNd = x_BNd.cumsum(1) / torch.arange(1, x_BNd.shape[1] + 1)[:, None]
-                mean_BMd = F.pad(mean_BNd, (0, 0, self.prefix, 0))
-            else:
-                mean_Bd = _mean(x_BNd, torch.from_numpy(b.length))
-                mean_BMd = mean_Bd[:, None].expand(-1, self.prefix + x_BNd.shape[1], -1)
-            means.append(mean_BMd.flatten(0, 1))
-        return torch.cat(means)[torch.from_numpy(step.state)]
+        item_T = np.concatenate([np.pad(b.item, ((0, 0), (self.prefix, 0))).ravel() for b in step.buckets])
+        token_Td = self.bag_norm(F.embedding(torch.from_numpy(item_T).long(), token_Ud))
+        sum_Td = token_Td.double().cumsum(0)
+        known_S = torch.from_numpy(step.past_count)
+        last_S = torch.from_numpy(step.state) + (0 if self.causal else known_S + self.prefix - 1)
+        mean_Sd = (sum_Td[last_S] - sum_Td[last_S - known_S]) / known_S.clamp(min=1)[:, None]
+        return mean_Sd.to(token_Td.dtype)
 
     def bag(self, behavior_BNd: Tensor, length_B: Tensor) -> Tensor | None:
         """[B, d] the same of rows of one shape."""
@@ -175,7 +191,7 @@ class Encoder(nn.Module):
         """Of rows of one shape, all states [B, M, d] and of each the one that knows the whole row [B, d]."""
         x_BMd = self.rows(behavior_BNd, kind_BN, profile_BP)
         B, M, d = x_BMd.shape
-        state_BMd = self.states([x_BMd], [length_B]).view(B, M, d)
+        state_BMd = self.states(x_BMd.flatten(0, 1), [(B, M)], [length_B]).view(B, M, d)
         slot_B = length_B + (self.prefix - 1) if self.causal else torch.zeros_like(length_B)
         return state_BMd, state_BMd.gather(1, slot_B[:, None, None].expand(B, 1, d))[:, 0]
 

@@ -243,9 +243,9 @@ def test_a_packed_state_does_not_see_the_future(store):
     user = learner_of(store, CONFIG)[0].user
     behavior, kind = torch.randn(1, 5, 16), torch.zeros(1, 5, dtype=torch.long)
     profile, length = torch.zeros(1, 1, dtype=torch.long), torch.tensor([5])
-    before = user.states([user.rows(behavior, kind, profile)], [length])
+    before = user.last(behavior, kind, length, profile)[0][0]
     behavior[0, 3] = torch.randn(16)
-    after = user.states([user.rows(behavior, kind, profile)], [length])
+    after = user.last(behavior, kind, length, profile)[0][0]
     torch.testing.assert_close(before[: user.prefix + 3], after[: user.prefix + 3])
     assert (before[user.prefix + 3 :] - after[user.prefix + 3 :]).abs().max() > 1e-3
 
