@@ -80,6 +80,7 @@ def save_model(run: Training, out: Path, beside: Mapping[str, Path]) -> None:
             "store_path": str(store.path.resolve()),
             "config": asdict(run.config),
             "training": asdict(at),
+            "samples_of_epoch": run.batches.n_samples,
             "parameters": {
                 "dense": sum(v.numel() for v in weights.values()),
                 "item_rows": len(run.rows.weight),
