@@ -41,6 +41,7 @@ import numpy as np
 import psutil
 
 from longretriever import RandomInTop, Retriever, TrainConfig, index_model, ingest
+from longretriever.index import Index
 from longretriever.market import Market, MarketConfig
 from longretriever.store.behaviors import Store
 
@@ -157,7 +158,7 @@ class Bare(NamedTuple):
     """What one request has to do at least: calls of ONNX Runtime and FAISS, and slices of the store."""
 
     runs: list[tuple[Any, dict[str, np.ndarray]]]  # sessions and what they are fed with
-    searches: list[tuple[Any, tuple[Any, ...]]]  # indexes and what they are asked
+    searches: list[tuple[Any, np.ndarray, np.ndarray, int]]  # indexes and what they are asked
     categories: np.ndarray  # numbers of the store
 
     def parts(self, store: Store, user: int) -> list[Callable[[], Any]]:
@@ -171,10 +172,21 @@ class Bare(NamedTuple):
                 session.run(None, feed)
 
         def search() -> None:
-            for lists, (vectors, k, wanted) in self.searches:
-                lists.search_preassigned(vectors, k, wanted, None)
+            for index, user_vectors, contexts, k in self.searches:
+                whole = contexts < 0
+                if whole.any() and index._clusters is not None:
+                    index._clusters.search(user_vectors[whole], k)
+                elif whole.any():
+                    index._all.search_preassigned(user_vectors[whole], k, every(index, whole), None)
+                if not whole.all():
+                    wanted = np.ascontiguousarray(contexts[~whole, None])
+                    index._faiss.search_preassigned(user_vectors[~whole], k, wanted, None)
 
         return [slices, onnx, search]
+
+
+def every(index: Index, which: np.ndarray) -> np.ndarray:
+    return np.tile(np.arange(index.n_categories), (int(which.sum()), 1))
 
 
 def _recorded(retriever: Retriever, user: int, seed: int) -> Bare:
@@ -193,13 +205,7 @@ def _recorded(retriever: Retriever, user: int, seed: int) -> Bare:
         def keep_search(
             vectors: Any, contexts: Any, k: int, without: Any, index: Any = index, search: Any = index.search
         ) -> Any:
-            for whole, lists in ((False, index._faiss), (True, index._all)):
-                rows = (contexts < 0) == whole
-                wanted = (
-                    np.tile(np.arange(index.n_categories), (len(contexts), 1)) if whole else contexts[:, None]
-                )
-                if rows.any():
-                    bare.searches.append((lists, (vectors[rows], k, np.ascontiguousarray(wanted[rows]))))
+            bare.searches.append((index, vectors, contexts, k))
             return search(vectors, contexts, k, without)
 
         model._feed, index.search = keep_feed, keep_search

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from longretriever.model.extended import Added
     from longretriever.model.train import train
     from longretriever.retrieve.added import add_items
+    from longretriever.retrieve.indexing import index_model
     from longretriever.retrieve.interests import Contexts, Pgin, RandomInTop, Top
     from longretriever.retrieve.merge import probability, quota, round_robin, score
     from longretriever.retrieve.retrieval import Candidate, Retrieval
-    from longretriever.retrieve.retriever import Retriever, index_model
+    from longretriever.retrieve.retriever import Retriever
     from longretriever.retrieve.rules import Rules
     from longretriever.store.behaviors import Life, Store
     from longretriever.store.ingest import ingest
@@ -53,7 +54,7 @@ _HOME = {
     "UlimConfig": "model.baselines.ulim",
     "add_items": "retrieve.added",
     "evaluate_log": "evaluate.run",
-    "index_model": "retrieve.retriever",
+    "index_model": "retrieve.indexing",
     "ingest": "store.ingest",
     "probability": "retrieve.merge",
     "quota": "retrieve.merge",

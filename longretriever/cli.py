@@ -253,25 +253,45 @@ def index(
     ] = None,
     item_column: ItemColumns = None,
     max_rejected: MaxRejected = 0.01,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Search all items by looking at all, however many.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Put the item vectors into one FAISS list per category; with --add, those of new items too."""
-    from longretriever.retrieve.retriever import index_model
+    from longretriever.retrieve.indexing import index_model
 
     if item_column and not add:
         raise InputError("--item-column is for --add, the items to add.")
     if path is not None and add:
         raise InputError("--add replaces the model together with MODEL/index: index to --out afterwards.")
+    if exact and add:
+        raise InputError("--add indexes as it always does: index with --exact afterwards.")
     added: dict[str, Any] | None = None
     with bar("indexing items", None) as advance:
         if add:
             added = _add(model, add, item_column, max_rejected, advance)
             target = model / "index"
         else:
-            target = index_model(model, path, progress=advance)
+            target = index_model(model, path, progress=advance, exact=exact)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-    facts = {"path": str(target), "bytes": size} | ({} if added is None else {"items": added})
-    show(facts, as_json, {**_added_summary(added), "index": target, "size": f"{size / 1e6:,.1f} MB"})
+    grouped = next(filter(None, map(_groups, (target, model / "whole" / "index"))), None)
+    facts = {"path": str(target), "bytes": size, "clusters": grouped}
+    facts |= {} if added is None else {"items": added}
+    summary = {**_added_summary(added), "index": target, "size": f"{size / 1e6:,.1f} MB"}
+    if grouped:
+        summary["all items"] = (
+            f"{grouped['number']:,} groups, of which {grouped['probes']:,} are looked at for "
+            f"{grouped['recall']:.1%} of the nearest {grouped['k']}"
+        )
+    show(facts, as_json, summary)
+
+
+def _groups(index: Path) -> dict[str, Any] | None:
+    """How an index searches all items, where it does not look at all of them."""
+    from longretriever.saved import opening
+
+    return opening(index, "index").facts.get("clusters") if index.exists() else None
 
 
 @app.command()

@@ -125,7 +125,7 @@ def bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def training_bar() -> Iterator[Callable[[Tick], None]]:
-    """A bar that appears with the first step; a line for each epoch stays."""
+    """A bar, which moves from the first step on; a line for each epoch stays."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -134,10 +134,11 @@ def training_bar() -> Iterator[Callable[[Tick], None]]:
     )
     recent = 0.0
     with Progress(*columns, console=err, transient=True) as progress:
-        task: Any = None
+        task = progress.add_task("preparing", total=None)
+        steps = 0
 
         def show(tick: Tick) -> None:
-            nonlocal task, recent
+            nonlocal steps, recent
             at = tick.position
             what = f"{LEARNING[tick.learning]}, " if tick.learning in LEARNING else ""
             if tick.loss != tick.loss:  # an epoch has ended
@@ -149,11 +150,11 @@ def training_bar() -> Iterator[Callable[[Tick], None]]:
                 )
                 return
             gain_now = tick.chance - tick.loss
-            recent = gain_now if task is None else 0.95 * recent + 0.05 * gain_now
-            if task is None:
-                task = progress.add_task("training", total=1.0)
+            recent = gain_now if steps == 0 else 0.95 * recent + 0.05 * gain_now
+            steps += 1
             progress.update(
                 task,
+                total=1.0,
                 completed=tick.share,
                 description=f"{what}epoch {at.epoch + 1}: {recent:.2f} nats below chance, "
                 f"{tick.samples_per_second:,.0f} samples/s",

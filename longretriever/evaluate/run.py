@@ -29,9 +29,10 @@ from longretriever.evaluate.split import Split, split
 from longretriever.events import CATEGORY, ITEM
 from longretriever.model.config import LEARNED, configuration, need_torch
 from longretriever.model.warm import need_implicit
+from longretriever.retrieve.indexing import index_model
 from longretriever.retrieve.interests import Interests
 from longretriever.retrieve.merge import Merge
-from longretriever.retrieve.retriever import BATCH, WHOLE, Retriever, index_model
+from longretriever.retrieve.retriever import BATCH, WHOLE, Retriever
 from longretriever.retrieve.rules import Rules
 from longretriever.saved import opening
 from longretriever.store.behaviors import Store

@@ -154,7 +154,7 @@ class Trainable(Protocol):
 
     def batches(self, until: int, held_out: bool = False) -> Lessons: ...
 
-    def first_rows(self, until: int, generator: torch.Generator) -> Tensor: ...
+    def first_rows(self, until: int, generator: torch.Generator, work: Path | None = None) -> Tensor: ...
 
     def loss(self, rows_Ud: Tensor, step: Any, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -205,12 +205,16 @@ class Learner(nn.Module):
             sampling = Sampling(**{**vars(sampling), "distance": 0.0})
         return Batches(self.store, sampling, until)
 
-    def first_rows(self, until: int, generator: torch.Generator) -> Tensor:
-        """[I, d] the item rows before training: noise, or with a warm start factors of who met what."""
-        if self.config.warm_start:
-            from longretriever.model.warm import item_factors
+    def first_rows(self, until: int, generator: torch.Generator, work: Path | None = None) -> Tensor:
+        """[I, d] the item rows before training: noise, or with a warm start factors of who met what.
 
-            return torch.from_numpy(item_factors(self.store, until, self.config.dim, self.config.seed))
+        Factors are kept in the folder `work`, and found there.
+        """
+        if self.config.warm_start:
+            from longretriever.model.warm import kept_item_factors
+
+            dim, seed = self.config.dim, self.config.seed
+            return torch.from_numpy(kept_item_factors(work, self.store, until, dim, seed))
         return torch.randn(self.store.n_items, self.config.dim, generator=generator) * 0.05
 
     def tokens(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:

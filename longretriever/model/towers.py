@@ -161,7 +161,7 @@ class Encoder(nn.Module):
                 strict=True,
             )
         )
-        table_Vd = torch.cat([self.cls[None], *(table.weight for table in self.profile), token_Ud])
+        table_Vd = torch.cat([self.cls[None], *self.profile.parameters(), token_Ud])
         x_Td = F.embedding(what, table_Vd) + self.token_type(kind) + F.embedding(place, self.position)
         shapes = [(B, self.prefix + b.item.shape[1]) for b, B in zip(step.buckets, rows, strict=True)]
         return self.states(x_Td, shapes, [torch.from_numpy(b.length) for b in step.buckets], generator)

@@ -32,6 +32,7 @@ from longretriever.model.checkpoint import load_state, save_model, save_state
 from longretriever.model.config import Learning, TrainConfig
 from longretriever.model.fading import half_life, newest_from
 from longretriever.model.learner import ItemRows, Lesson, Lessons
+from longretriever.model.warm import FACTORS
 from longretriever.saved import check_replaceable, opening
 from longretriever.store.behaviors import Store
 
@@ -107,10 +108,11 @@ class Training:
             self.learner.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
 
-    def begin(self) -> None:
-        """Give the item rows their first values; a resumed run has others."""
+    def begin(self, work: Path | None = None) -> None:
+        """Give the item rows their first values; a resumed run has others. What may be used again is kept
+        in the folder `work`."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        self.rows = ItemRows(self.learner.first_rows(self.boundary, generator), self.config.row_lr)
+        self.rows = ItemRows(self.learner.first_rows(self.boundary, generator, work), self.config.row_lr)
 
     @property
     def share(self) -> float:
@@ -228,7 +230,7 @@ def train(
     if (work / "latest").exists():  # not `work`: a run may be killed while it writes its first checkpoint
         load_state(work / "latest", run)
     else:
-        run.begin()
+        run.begin(work)
     saved_at = time.perf_counter()
 
     def save_now_and_then() -> None:
@@ -289,12 +291,21 @@ def _learn_beside(
     if whole.minutes:
         left = (1 - sum(SHARES[n] for n in _beside(whole) if n not in run.at.beside)) * whole.minutes
         minutes = whole.minutes * SHARES[name] + max(0.0, left - run.at.all_seconds / 60)
+    _share_factors(work, path.with_name(f".{path.name}.training"))
     config = replace(config, seed=whole.seed, minutes=minutes, samples=config.samples or whole.samples)
     if config.half_life is None:
         config = replace(config, half_life=whole.half_life)
     at = train(run.store, path, config, progress=say, checkpoint_seconds=checkpoint_seconds, threads=threads)
     run.at.beside[name] = asdict(at)
     return path
+
+
+def _share_factors(work: Path, other: Path) -> None:
+    """Item rows of both trainings start from the same file."""
+    other.mkdir(parents=True, exist_ok=True)
+    for file in work.glob(f"{FACTORS}*.npy"):
+        if not (other / file.name).exists():
+            os.link(file, other / file.name)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Nothing here needs PyTorch. U users, I items; pairs of a user and an item count 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 SPREAD = 0.05
 """Standard deviation of the factors, over all numbers of the rows of items that occur."""
+
+FACTORS = "factors-"
+"""What the names of kept files begin with."""
 
 _CHUNK = 1 << 22  # events whose pairs are counted at once, unless one user has more
 
@@ -44,6 +48,21 @@ def item_factors(store: Store, until: int, dim: int, seed: int, threads: int | N
     if spread > 0:
         factor *= np.float32(SPREAD / spread)
     return factor
+
+
+def kept_item_factors(work: Path | None, store: Store, until: int, dim: int, seed: int) -> np.ndarray:
+    """The same, kept as a file in `work` for whoever needs them next: models of one training start alike."""
+    if work is None:
+        return item_factors(store, until, dim, seed)
+    file = work / f"{FACTORS}{store.fingerprint[:16]}-{until}-{dim}-{seed}.npy"
+    if not file.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as out:
+            np.save(out, item_factors(store, until, dim, seed))
+        partial.replace(file)
+    found: np.ndarray = np.load(file)
+    return found
 
 
 def factorize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longretriever.model.extended import Added, extend
-from longretriever.retrieve.retriever import index_model
+from longretriever.retrieve.indexing import index_model
 
 
 def add_items(

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from longretriever.errors import InputError, Mismatch, NotSaved
 from longretriever.events import CATEGORY, ITEM, LATEST, USER
-from longretriever.index import CORPUS, ExactIndex, Index, build
+from longretriever.index import CORPUS, ExactIndex, Index
 from longretriever.model.exported import Model, Request
 from longretriever.retrieve.interests import INTERESTS, Contexts, Interests, Pgin, RandomInTop
 from longretriever.retrieve.merge import MERGES, Merge, Ranked
@@ -106,7 +106,7 @@ class Retriever:
         Raises a `SavedError` when a folder is absent, damaged, or the index is not of this model.
         """
         model = Model.open(path, verify, threads)
-        behaviors = Store.open(store, verify) if store else _trained_on(model, verify)
+        behaviors = Store.open(store, verify) if store else trained_on(model, verify)
         opened, whole = _opened(model, index or model.path / "index", exact, verify), None
         if (model.path / WHOLE).exists():
             of_all = Model.open(model.path / WHOLE, verify, threads)
@@ -442,6 +442,21 @@ class Retriever:
                 vectors[places] = self.model.user_vectors(rows).user[:, 0]
         return vectors, there
 
+    def corpus_vectors(self, lives: Sequence[Life]) -> np.ndarray:
+        """[n, D] the user vectors that search all items, one or more of each life that has behaviors."""
+        found, model = [np.empty((0, self._of_all.model.dim), np.float32)], self._of_all.model
+        for at in range(0, len(lives), BATCH):
+            rows = [
+                request
+                for life in lives[at : at + BATCH]
+                for (request, _), _ in self._requests(life.lately(self.model.within), [])
+                if request.category == CORPUS
+            ]
+            if rows:
+                vectors = model.user_vectors(rows)
+                found.append(vectors.user[np.arange(vectors.user.shape[1]) < vectors.interests[:, None]])
+        return np.concatenate(found)
+
     def store_vectors(self) -> np.ndarray:
         """[I, D] the item vectors in the store's numbers; 0 for items that the model does not know."""
         vectors = np.zeros((len(self.numbers.item), self.model.dim), np.float32)
@@ -495,7 +510,7 @@ def _opened(model: Model, index: str | os.PathLike[str], exact: bool, verify: bo
     return opened
 
 
-def _trained_on(model: Model, verify: bool) -> Store:
+def trained_on(model: Model, verify: bool) -> Store:
     try:
         return Store.open(model.manifest.facts["store_path"], verify)
     except NotSaved as error:
@@ -503,21 +518,3 @@ def _trained_on(model: Model, verify: bool) -> Store:
             f"{model.path} was trained on a store that is not there any more ({error}) "
             "Pass another store of the same log: --store (store=)."
         ) from error
-
-
-def index_model(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Build the index of a model folder, by default inside it, and return where it is.
-
-    Where the model brings another to search all items, that gets its index as well, inside its own folder.
-    """
-    if (Path(path) / WHOLE).exists():
-        index_model(Path(path) / WHOLE)
-    model = Model.open(path)
-    target = Path(out) if out else Path(path) / "index"
-    chunks = (model.item_vectors(slice(at, at + (1 << 16))) for at in range(0, model.n_items, 1 << 16))
-    build(chunks, model.category_start, target, made_from={"model": model.fingerprint}, progress=progress)
-    return target

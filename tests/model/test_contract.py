@@ -15,7 +15,8 @@ from longretriever.model.baselines.ulim import UlimConfig
 from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.train import train
 from longretriever.retrieve.added import add_items
-from longretriever.retrieve.retriever import Retriever, index_model
+from longretriever.retrieve.indexing import index_model
+from longretriever.retrieve.retriever import Retriever
 from tests.worlds import DAY, START, parity_log, stored, table
 
 SHORT = {"dim": 8, "step_samples": 100, "epochs": 2, "dropout": 0.1, "warm_start": False}

@@ -15,6 +15,7 @@ import pytest
 
 from longretriever.errors import InputError, Mismatch, NotSaved
 from longretriever.index import ExactIndex
+from longretriever.model import warm
 from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.exported import Model
 from longretriever.model.train import train
@@ -219,6 +220,23 @@ def test_time_that_is_not_needed_is_left_for_the_next(parity, tmp_path):
     at = train(parity, tmp_path / "model", config)
     assert at.finished == "1 epochs are done"
     assert at.seconds + at.beside["interests"]["seconds"] == pytest.approx(3, abs=0.5)
+
+
+def test_all_that_is_learned_together_starts_from_the_same_factors(parity, tmp_path, monkeypatch):
+    """They are the dearest part of a short training on a large log."""
+    made, item_factors = [], warm.item_factors
+
+    def counted(*given):
+        made.append(given)
+        return item_factors(*given)
+
+    monkeypatch.setattr(warm, "item_factors", counted)
+    train(parity, tmp_path / "model", replace(TINY, whole=replace(WHOLE, dim=TINY.dim)))
+    assert len(made) == 1
+    assert {path.name for path in tmp_path.iterdir()} >= {"model"}
+    assert not list(tmp_path.rglob("factors-*"))
+    train(parity, tmp_path / "other", replace(TINY, whole=WHOLE))
+    assert len(made) == 3, "of another width they are others"
 
 
 def test_nothing_to_learn_from(tmp_path):

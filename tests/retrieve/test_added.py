@@ -21,8 +21,9 @@ from longretriever.model.config import EbrConfig, TrainConfig
 from longretriever.model.exported import Model
 from longretriever.model.train import train
 from longretriever.retrieve.added import add_items
+from longretriever.retrieve.indexing import index_model
 from longretriever.retrieve.interests import Top
-from longretriever.retrieve.retriever import Retriever, index_model
+from longretriever.retrieve.retriever import Retriever
 from longretriever.retrieve.rules import Rules
 from longretriever.saved import opening
 from longretriever.store.behaviors import Store

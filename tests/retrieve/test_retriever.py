@@ -31,10 +31,11 @@ from longretriever.model.checkpoint import save_model
 from longretriever.model.config import EbrConfig, TrainConfig
 from longretriever.model.exported import Model, Request
 from longretriever.model.train import Training, train
+from longretriever.retrieve.indexing import index_model
 from longretriever.retrieve.interests import Contexts, RandomInTop, Top
 from longretriever.retrieve.merge import Merged, probability, round_robin
 from longretriever.retrieve.retrieval import REASONS, Retrieval
-from longretriever.retrieve.retriever import Retriever, index_model
+from longretriever.retrieve.retriever import Retriever
 from longretriever.retrieve.rules import Rules
 from longretriever.store.behaviors import Behaviors, Store
 from longretriever.store.ingest import ingest

@@ -18,7 +18,7 @@ import httpx
 
 from longretriever.market import Market, MarketConfig
 from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
-from longretriever.retrieve.retriever import index_model
+from longretriever.retrieve.indexing import index_model
 from longretriever.store.behaviors import Store
 from longretriever.store.ingest import ingest
 

@@ -1,0 +1,127 @@
+"""Searches all items without looking at all of them: only at the groups whose centres are nearest.
+
+Items are grouped around centres that k-means finds, and each search looks at the items of the `probes`
+nearest centres: FAISS's inverted file, vectors kept as 16-bit floats. How many that must be depends on where
+users' vectors lie among the items', so it is measured: as few as find `RECALL` of the nearest `NEAREST`
+items, on average over vectors of real users. docs/index.md has what that costs and saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+
+from longretriever.errors import Damaged
+
+FROM = 100_000
+"""Items: of fewer, a search of all takes less than a millisecond."""
+
+RECALL = 0.98
+NEAREST = 500
+
+_PER_CENTRE = 64  # items that k-means looks at for each centre
+_ROUNDS = 8
+
+Found = tuple[np.ndarray, np.ndarray]  # item numbers and cosines [N, k]
+
+
+class Clustering(NamedTuple):
+    """What to group items by, and user vectors to choose by how many groups are looked at; of length 1."""
+
+    centres: np.ndarray  # [n, D]
+    queries: np.ndarray  # [q, D]
+
+
+def how_many(n_items: int) -> int:
+    """Centres for so many items: the power of two near twice the square root."""
+    return 1 << round(np.log2(2 * np.sqrt(n_items)))
+
+
+def centres(vectors: Callable[[np.ndarray], np.ndarray], n_items: int, seed: int = 0) -> np.ndarray:
+    """[n, D] by k-means on some of the items, whose vectors [m, D] `vectors` gives by their numbers.
+
+    64 items for each centre: 12 s for 4M items on one core.
+    """
+    n = how_many(n_items)
+    rng = np.random.default_rng(seed)
+    some = vectors(np.sort(rng.choice(n_items, min(n_items, n * _PER_CENTRE), replace=False)))
+    options = {"niter": _ROUNDS, "spherical": True, "seed": seed, "max_points_per_centroid": _PER_CENTRE}
+    k_means = faiss.Kmeans(some.shape[1], n, min_points_per_centroid=1, **options)
+    k_means.train(np.ascontiguousarray(some, dtype=np.float32))
+    return np.asarray(k_means.centroids)
+
+
+def empty(centres_nD: np.ndarray) -> faiss.IndexIVFScalarQuantizer:
+    """Groups without items, to `add` vectors to in order of their numbers."""
+    n, dimension = centres_nD.shape
+    quantizer = faiss.IndexFlatIP(dimension)
+    quantizer.add(np.ascontiguousarray(centres_nD, dtype=np.float32))
+    kind, metric, by_residual = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+    groups = faiss.IndexIVFScalarQuantizer(quantizer, dimension, n, kind, metric, by_residual)
+    groups.own_fields = True
+    quantizer.this.disown()
+    groups.is_trained = True
+    return groups
+
+
+def tuned(groups: faiss.IndexIVFScalarQuantizer, queries_qD: np.ndarray, exact: Found) -> dict[str, Any]:
+    """How many groups are to be looked at, as facts of the index: probes, recall, k.
+
+    `exact` is what is really nearest to the queries. All groups, where no fewer find enough.
+    """
+    nearest = exact[0]
+    there = (nearest >= 0).sum(axis=1)
+    probes, low, high = groups.nlist, 1, groups.nlist
+    recall = 1.0
+    while low <= high:  # recall rises with the probes
+        middle = (low + high) // 2
+        found, _ = _search(groups, queries_qD, nearest.shape[1], middle, None)
+        hits = [np.isin(a[:n], b).sum() for a, b, n in zip(nearest, found, there, strict=True)]
+        reached = float(np.mean(np.array(hits) / np.maximum(there, 1)))
+        if reached >= RECALL:
+            probes, recall, high = middle, reached, middle - 1
+        else:
+            low = middle + 1
+    return {"number": groups.nlist, "probes": probes, "recall": round(recall, 4), "k": nearest.shape[1]}
+
+
+class Clusters:
+    """A file written from `empty`, opened read-only; safe to search from several threads."""
+
+    def __init__(self, file: Path, probes: int) -> None:
+        try:
+            self._groups = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+        except RuntimeError as error:
+            raise Damaged(f"{file}: not a FAISS file ({error}).") from error
+        if not isinstance(self._groups, faiss.IndexIVFScalarQuantizer):
+            raise Damaged(f"{file}: a {type(self._groups).__name__}, expected an IndexIVFScalarQuantizer.")
+        faiss.downcast_InvertedLists(self._groups.invlists).prefetch_nthread = 0
+        self.probes = probes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Items, dimensions, groups."""
+        return int(self._groups.ntotal), int(self._groups.d), int(self._groups.nlist)
+
+    def search(self, user_ND: np.ndarray, k: int, without: Sequence[slice] = ()) -> Found:
+        """Items near to each user vector, nearest first, that are in none of these ranges of numbers.
+
+        Padded with -1 where the groups looked at hold fewer.
+        """
+        return _search(self._groups, user_ND, k, self.probes, self._but(without) if len(without) else None)
+
+    def _but(self, ranges: Sequence[slice]) -> Any:
+        wanted = np.ones(self._groups.ntotal, bool)
+        for one in ranges:
+            wanted[one] = False
+        return faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))
+
+
+def _search(groups: Any, user_ND: np.ndarray, k: int, probes: int, selector: Any) -> Found:
+    options = {} if selector is None else {"sel": selector}
+    cosine_Nk, item_Nk = groups.search(user_ND, k, params=faiss.SearchParametersIVF(nprobe=probes, **options))
+    return item_Nk, cosine_Nk

@@ -1,0 +1,76 @@
+"""The index of a model: one list per category, and groups of near items where all items are asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from longretriever import clusters
+from longretriever.clusters import Clustering
+from longretriever.errors import NotSaved
+from longretriever.index import ExactIndex, build
+from longretriever.model.exported import Model
+from longretriever.retrieve.retriever import WHOLE, Retriever, Searched, trained_on
+
+_QUERIES = 256
+_CHUNK = 1 << 16
+
+
+def index_model(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    exact: bool = False,
+) -> Path:
+    """Build the index of a model folder, by default inside it, and return where it is.
+
+    Where the model brings another to search all items, that gets its index as well, inside its own folder.
+    Of more than 100,000 items, a search of all of them looks at the nearest groups only, as many as find 98%
+    of the nearest 500 for users of the store; `exact`, or a store that is not there any more, has it look at
+    all. Repeats itself exactly, on one machine with one number of threads.
+    """
+    path = Path(path)
+    asked = None if exact else path
+    if (path / WHOLE).exists():
+        _index(path / WHOLE, path / WHOLE / "index", asked, None)
+        asked = None
+    return _index(path, Path(out) if out else path / "index", asked, progress)
+
+
+def _index(path: Path, target: Path, asked: Path | None, progress: Callable[[int, int], None] | None) -> Path:
+    """`asked` is the model folder whose users' vectors search all items here; None: all are looked at."""
+    model = Model.open(path)
+    chunks = (model.item_vectors(slice(at, at + _CHUNK)) for at in range(0, model.n_items, _CHUNK))
+    clustering = None
+    if asked is not None and model.asks_corpus and model.n_items >= clusters.FROM:
+        clustering = _clustering(model, asked)
+    made_from = {"model": model.fingerprint}
+    build(chunks, model.category_start, target, made_from=made_from, clustering=clustering, progress=progress)
+    return target
+
+
+def _clustering(model: Model, asked: Path) -> Clustering | None:
+    """Groups of this model's items, and vectors of users who are asked about often; None without a store."""
+    asking = Model.open(asked)
+    try:
+        store = trained_on(asking, False)
+    except NotSaved:
+        return None
+    whole = None if model.path == asking.path else Searched(model, _unsearched(model))
+    retriever = Retriever(asking, _unsearched(asking), store, whole=whole)
+    rng = np.random.default_rng(0)
+    size = np.diff(store.group_start[store.user_group])
+    users = rng.choice(store.n_users, min(_QUERIES, store.n_users), replace=False, p=size / size.sum())
+    queries = retriever.corpus_vectors([store.life(int(user)) for user in users])
+    if len(queries) == 0:
+        return None
+    return Clustering(clusters.centres(model.item_vectors, model.n_items), queries[:_QUERIES])
+
+
+def _unsearched(model: Model) -> ExactIndex:
+    """What a retriever needs that makes vectors only."""
+    return ExactIndex(model.item_token, model.category_start)
