@@ -1,4 +1,4 @@
-"""How fast do both encoders train, where does the time go, and does memory grow with the length of lives?
+"""How fast do both encoders train, how near to the limit, and does memory grow with the length of lives?
 
     python benchmarks/training.py                       # a generated log of 300,000 events
     python benchmarks/training.py --events LOG.parquet  # your own
@@ -6,7 +6,10 @@
 
 `packed` and `cls` train in turn on the same store in one run, so that the ratio holds on a noisy machine;
 medians of the turns. "outside" is the share of the time in which no model is computed: waiting for data, and
-all of the loop but the step itself.
+all of the loop but the step itself. "of limit" is the share of a step's time that its matrix products take by
+themselves: each product that PyTorch does in some steps, attention and gradients among them, is done again on
+operands of the same shape with nothing else, in turn with the steps, on one thread. `plain` is `packed`
+without what goes beyond the paper.
 """
 
 from __future__ import annotations
@@ -19,24 +22,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longretriever.model.config import TrainConfig
+
+ALONE = TrainConfig(whole=None, interests=None)
+LIMITS = {
+    "packed": ALONE,
+    "plain": replace(ALONE, recent_length=0, ages=False, returns=False, bag=False, overlap=8),
+}
 
 
 def measure(store_path: str, encoder: str, seconds: float) -> dict[str, float]:
     """Train for some seconds from scratch; the first tenth does not count."""
-    from longretriever.model.config import TrainConfig
     from longretriever.model.train import Training
     from longretriever.store.behaviors import Store
 
-    run = Training(
-        Store.open(store_path), TrainConfig(encoder=encoder, minutes=1.1 * seconds / 60, epochs=10_000)
-    )
+    config = replace(ALONE, encoder=encoder, minutes=1.1 * seconds / 60, epochs=10_000, patience=10_000)
+    run = Training(Store.open(store_path), config)
+    run.begin()
     in_model, step = 0.0, run.run_step
 
     def timed(batch):
@@ -64,12 +78,68 @@ def measure(store_path: str, encoder: str, seconds: float) -> dict[str, float]:
     }
 
 
+class _Products(TorchDispatchMode):
+    """Notes the shapes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("aten.mm.") or name.startswith("aten.bmm."):
+            self.shapes.append((tuple(args[0].shape), tuple(args[1].shape)))
+        elif name.startswith("aten.addmm."):
+            self.shapes.append((tuple(args[1].shape), tuple(args[2].shape)))
+        elif name.startswith("aten._scaled_dot_product_flash_attention_for_cpu"):
+            back = "backward" in name
+            B, H, M, d = args[1 if back else 0].shape
+            across, along = ((B * H, M, d), (B * H, d, M)), ((B * H, M, M), (B * H, M, d))
+            self.shapes += [across, across, along, along, along] if back else [across, along]
+        return func(*args, **(kwargs or {}))
+
+
+def of_limit(store_path: str, config: TrainConfig, steps: int = 40) -> dict[str, float]:
+    """The share of a step's time that its products take by themselves, on one thread."""
+    from longretriever.model.train import Training
+    from longretriever.store.behaviors import Store
+
+    torch.set_num_threads(1)
+    run = Training(Store.open(store_path), replace(config, warm_start=False), threads=1)
+    run.begin()
+    run.workers.map = map  # type: ignore[method-assign, assignment]
+    rng, plans = np.random.default_rng(0), run.batches.epoch(0, 0)
+    whole, bare, samples = 0.0, 0.0, 0
+    for n, plan in zip(range(steps + 5), plans, strict=False):
+        parts = run.batches.assemble(plan, rng, config.parts)
+        began = time.perf_counter()
+        run.run_step(parts)
+        took = time.perf_counter() - began
+        with _Products() as products:  # slower for being watched, so not the step that is timed
+            run.run_step(parts)
+        operands = [(torch.randn(a), torch.randn(b)) for a, b in products.shapes]
+        began = time.perf_counter()
+        for a, b in operands:
+            torch.matmul(a, b)
+        if n >= 5:  # warm
+            bare, whole = bare + time.perf_counter() - began, whole + took
+            samples += sum(part.samples for part in parts)
+    return {
+        "of_limit": bare / whole,
+        "limit_samples_per_second": samples / bare,
+        "one_thread": samples / whole,
+    }
+
+
 def compare(store: str, seconds: float, turns: int) -> dict[str, dict[str, float]]:
     found: dict[str, list[dict[str, float]]] = {"packed": [], "cls": []}
     for _ in range(turns):
         for encoder, values in found.items():
             values.append(measure(store, encoder, seconds))
-    return {e: {k: statistics.median(v[k] for v in vs) for k in vs[0]} for e, vs in found.items()}
+    result = {e: {k: statistics.median(v[k] for v in vs) for k in vs[0]} for e, vs in found.items()}
+    for name, config in LIMITS.items():
+        result.setdefault(name, {}).update(of_limit(store, config))
+    return result
 
 
 def lives(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
@@ -108,6 +178,13 @@ def _child(what: str, path: str, more: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def _cells(row: dict[str, float]) -> list[str]:
+    counts = {"samples_per_second", "one_thread", "limit_samples_per_second"}
+    names = ("samples_per_second", "outside", "waiting", "padded")
+    names += ("one_thread", "limit_samples_per_second", "of_limit")
+    return [(f"{row[k]:,.0f}" if k in counts else f"{row[k]:.1%}") if k in row else "" for k in names]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,8 +201,6 @@ def main() -> None:
         _child(*options.child)
         return
     if options.threads:
-        import torch
-
         torch.set_num_threads(options.threads)
     console = Console()
     with tempfile.TemporaryDirectory() as name:
@@ -146,20 +221,10 @@ def main() -> None:
             ingest(log, folder / "store")
             result = compare(str(folder / "store"), options.seconds, options.turns)
             ratio = result["packed"]["samples_per_second"] / result["cls"]["samples_per_second"]
-            table = Table(
-                "encoder",
-                "samples/s",
-                "outside",
-                "waiting",
-                "padding",
-                title=f"packed is {ratio:.1f} times cls",
-            )
+            names = ("samples/s", "outside", "waiting", "padding", "one thread", "its limit", "of limit")
+            table = Table("encoder", *names, title=f"packed is {ratio:.1f} times cls")
             for encoder, row in result.items():
-                table.add_row(
-                    encoder,
-                    f"{row['samples_per_second']:,.0f}",
-                    *(f"{row[k]:.1%}" for k in ("outside", "waiting", "padded")),
-                )
+                table.add_row(encoder, *_cells(row))
     if options.json:
         print(json.dumps(result))
     else:

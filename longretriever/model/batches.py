@@ -439,13 +439,11 @@ class Batches:
     def assemble(self, batches: list[Rows], rng: np.random.Generator, parts: int = 1) -> list[Step]:
         """Read from the store all that a step needs. `rng` draws negatives, and when samples are asked for.
 
-        `parts` of about as many samples each, to be computed side by side; they share `numbers`. Fewer come
-        where there are few rows, none where no sample is left (see `_targets`).
+        `parts` of about as many samples each, to be computed side by side. Fewer come where there are few
+        rows, none where no sample is left (see `_targets`).
         """
         drafts = [self._draft(part, rng) for part in _split(concatenate(batches), parts)]
-        drafts = [draft for draft in drafts if len(draft.events)]
-        numbers = self._name([x for draft in drafts for x in draft.items()])
-        return [self._placed(draft, numbers) for draft in drafts]
+        return [self._placed(draft) for draft in drafts if len(draft.events)]
 
     def _draft(self, rows: Rows, rng: np.random.Generator) -> _Draft:
         rows, stop = self._inputs(rows, rng)
@@ -483,9 +481,9 @@ class Batches:
             cuts=cuts,
         )
 
-    def _placed(self, draft: _Draft, numbers: np.ndarray) -> Step:
-        """A draft with its items as positions in `numbers`, right after `_name` has made them."""
-        position = self._position
+    def _placed(self, draft: _Draft) -> Step:
+        """A draft with its items as positions among those that it names."""
+        numbers, position = self._name(draft.items()), self._position
         return Step(
             numbers=numbers,
             buckets=[b._replace(item=position[b.item]) for b in draft.buckets],

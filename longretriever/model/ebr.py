@@ -95,9 +95,10 @@ class Ebr(Learner):
     ) -> tuple[Tensor, Tensor]:
         """[S, d] user vectors of a step's samples and [U, d] item vectors of its items."""
         token_Ud = self.tokens(rows_Ud, step, generator)
-        states_Td = self.user.of_step(token_Ud, step, generator)
-        state_Sd = states_Td[torch.from_numpy(step.state)]
-        return self.user.head(state_Sd, self.user.bags_of_step(token_Ud, step)), F.normalize(token_Ud, dim=-1)
+        behavior_Td, _ = self.looked_up(token_Ud, step)
+        states_Td = self.user.of_step(behavior_Td, step, generator)
+        state_Sd, bag_Sd = states_Td[torch.from_numpy(step.state)], self.user.bags_of_step(behavior_Td, step)
+        return self.user.head(state_Sd, bag_Sd), F.normalize(token_Ud, dim=-1)
 
     def loss(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
         user_Sd, item_Ud = self(rows_Ud, step, generator)

@@ -101,11 +101,29 @@ class ItemRows:
         """The named rows, as a leaf to take the gradient of."""
         return self.weight[numbers].requires_grad_()
 
-    def update(self, numbers: Tensor, rows: Tensor, grad: Tensor, factor: float = 1.0) -> None:
-        """Apply the gradient of the named rows; `factor` is the schedule's part of the rate."""
-        self.sum_of_squares[numbers] += grad.square().mean(dim=1)
-        step = self.lr * factor / (self.sum_of_squares[numbers].sqrt() + 1e-10)
-        self.weight[numbers] = rows.detach() - grad * step[:, None]
+    def update(self, parts: Sequence[tuple[Tensor, Tensor]], factor: float = 1.0) -> None:
+        """Apply the gradients of the rows that parts of a step name, (numbers, gradient) of each.
+
+        Where two name the same row, their gradients are added in the order of the parts. `factor` is the
+        schedule's part of the rate.
+        """
+        numbers, grad = _together(parts)
+        sum_of_squares = self.sum_of_squares[numbers] + grad.square().mean(dim=1)
+        self.sum_of_squares[numbers] = sum_of_squares
+        step = self.lr * factor / (sum_of_squares.sqrt() + 1e-10)
+        self.weight[numbers] = self.weight[numbers] - grad * step[:, None]
+
+
+def _together(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Distinct numbers, ascending, and the sum of each one's gradients."""
+    if len(parts) == 1:
+        return parts[0]
+    numbers = torch.cat([named for named, _ in parts]).unique()
+    total = parts[0][1].new_zeros(len(numbers), parts[0][1].shape[1])
+    for named, grad in parts:
+        place = torch.searchsorted(numbers, named)
+        total[place] = total[place] + grad
+    return numbers, total
 
 
 class Lesson(Protocol):
@@ -229,8 +247,19 @@ class Learner(nn.Module):
         feature_UF = torch.from_numpy(self.store.item_feature[step.numbers]).long()
         return self.item.embed(rows_Ud, category_U, feature_UF)
 
+    def looked_up(self, token_Ud: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """[T, d] the behaviors of all rows, padding included; [S, R, d] the recent ones, newest first.
+
+        Looked up together: the gradient of each look-up is as large as all items of the step.
+        """
+        rows = [b.item.ravel() for b in step.buckets]
+        item = np.concatenate([*rows, step.recent.ravel()]).astype(np.int64)
+        found_nd = F.embedding(torch.from_numpy(item), token_Ud)
+        behavior_Td, recent_nd = found_nd.split([len(item) - step.recent.size, step.recent.size])
+        return behavior_Td, recent_nd.view(*step.recent.shape, token_Ud.shape[1])
+
     def recent(self, token_Ud: Tensor, step: Step) -> Tensor:
-        """[S, R, d] the recent behaviors of each sample, newest first."""
+        """[S, R, d] the recent behaviors of each sample alone."""
         return F.embedding(torch.from_numpy(step.recent).long(), token_Ud)
 
     def write(self, folder: Folder, rows: ItemRows) -> dict[str, Any]:

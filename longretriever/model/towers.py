@@ -140,46 +140,44 @@ class Encoder(nn.Module):
             x_Td = block(x_Td, shapes, masks, generator)
         return self.norm(x_Td)
 
-    def of_step(self, token_Ud: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+    def of_step(self, behavior_Td: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
         """[T, d] states of all rows of a step, as `Step.state` numbers them.
 
-        All rows are looked up together: the gradient of each look-up is as large as all items of the step.
+        `behavior_Td` are the tokens of all behaviors, row after row, padding included.
         """
-        first = np.cumsum([1, *(table.num_embeddings for table in self.profile)])  # CLS, fields, items
-        prefix, rows = np.arange(self.prefix), [len(b.length) for b in step.buckets]
-        what, kind, place = (
-            torch.from_numpy(np.concatenate([x.ravel() for x in parts]))
-            for parts in zip(
-                *(
-                    (
-                        np.c_[np.zeros(B, np.int64), b.profile + first[:-1], b.item + first[-1]],
-                        np.c_[np.tile(prefix, (B, 1)), b.kind + self.prefix],
-                        np.tile(np.arange(self.prefix + b.item.shape[1]), (B, 1)),
-                    )
-                    for b, B in zip(step.buckets, rows, strict=True)
-                ),
-                strict=True,
-            )
-        )
-        table_Vd = torch.cat([self.cls[None], *self.profile.parameters(), token_Ud])
-        x_Td = F.embedding(what, table_Vd) + self.token_type(kind) + F.embedding(place, self.position)
-        shapes = [(B, self.prefix + b.item.shape[1]) for b, B in zip(step.buckets, rows, strict=True)]
+        first = np.cumsum([1, *(table.num_embeddings for table in self.profile)])  # CLS, fields, behaviors
+        what, kind, place, shapes = [], [], [], []
+        done = int(first[-1])
+        for b in step.buckets:
+            B, N = b.item.shape
+            behavior = np.arange(done, done + B * N).reshape(B, N)
+            what.append(np.c_[np.zeros(B, np.int64), b.profile + first[:-1], behavior].ravel())
+            kind.append(np.c_[np.tile(np.arange(self.prefix), (B, 1)), b.kind + self.prefix].ravel())
+            place.append(np.tile(np.arange(self.prefix + N), B))
+            shapes.append((B, self.prefix + N))
+            done += B * N
+        table_Vd = torch.cat([self.cls[None], *self.profile.parameters(), behavior_Td])
+        x_Td = F.embedding(_joined(what), table_Vd) + self.token_type(_joined(kind))
+        x_Td = x_Td + F.embedding(_joined(place), self.position)
         return self.states(x_Td, shapes, [torch.from_numpy(b.length) for b in step.buckets], generator)
 
-    def bags_of_step(self, token_Ud: Tensor, step: Step) -> Tensor | None:
+    def bags_of_step(self, behavior_Td: Tensor, step: Step) -> Tensor | None:
         """[S, d] the mean of the behaviors that each sample's state knows; None for a tower without bags.
 
-        A difference of two running sums over all tokens, in 64 bits, for they grow with the step.
+        A difference of two running sums over all behaviors, in 64 bits, for they grow with the step.
         """
         if self.bag_norm is None:
             return None
-        item_T = np.concatenate([np.pad(b.item, ((0, 0), (self.prefix, 0))).ravel() for b in step.buckets])
-        token_Td = self.bag_norm(F.embedding(torch.from_numpy(item_T).long(), token_Ud))
-        sum_Td = token_Td.double().cumsum(0)
+        sum_Td = F.pad(self.bag_norm(behavior_Td).double().cumsum(0), (0, 0, 1, 0))
+        is_behavior = [
+            np.tile(np.arange(self.prefix + b.item.shape[1]) >= self.prefix, len(b.length))
+            for b in step.buckets
+        ]
         known_S = torch.from_numpy(step.past_count)
-        last_S = torch.from_numpy(step.state) + (0 if self.causal else known_S + self.prefix - 1)
+        state_S = torch.from_numpy(step.state) + (0 if self.causal else known_S + self.prefix - 1)
+        last_S = _joined(is_behavior).cumsum(0)[state_S]  # of the behaviors of all rows
         mean_Sd = (sum_Td[last_S] - sum_Td[last_S - known_S]) / known_S.clamp(min=1)[:, None]
-        return mean_Sd.to(token_Td.dtype)
+        return mean_Sd.to(behavior_Td.dtype)
 
     def bag(self, behavior_BNd: Tensor, length_B: Tensor) -> Tensor | None:
         """[B, d] the same of rows of one shape."""
@@ -194,6 +192,10 @@ class Encoder(nn.Module):
         state_BMd = self.states(x_BMd.flatten(0, 1), [(B, M)], [length_B]).view(B, M, d)
         slot_B = length_B + (self.prefix - 1) if self.causal else torch.zeros_like(length_B)
         return state_BMd, state_BMd.gather(1, slot_B[:, None, None].expand(B, 1, d))[:, 0]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _mean(x_BNd: Tensor, length_B: Tensor) -> Tensor:
@@ -373,13 +375,14 @@ class LongRetriever(Learner):
     def forward(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Encoded:
         """User vectors of a step's samples and item vectors of its items."""
         token_Ud = self.tokens(rows_Ud, step, generator)
-        states = self.user.of_step(token_Ud, step, generator)
+        behavior_Td, recent_SRd = self.looked_up(token_Ud, step)
+        states = self.user.of_step(behavior_Td, step, generator)
         hidden_Sd = self.user.head(
             states[torch.from_numpy(step.state)],
-            self.user.bags_of_step(token_Ud, step),
+            self.user.bags_of_step(behavior_Td, step),
             self.item.category(torch.from_numpy(step.category)),
             torch.from_numpy(step.since),
-            self.recent(token_Ud, step),
+            recent_SRd,
             torch.from_numpy(step.recent_count),
         )
         shares = None if self.user.pointer is None else self._shares(hidden_Sd, states, step)

@@ -131,23 +131,23 @@ class Training:
         factor = min(1.0, (self.at.steps + 1) / _WARM_UP) * max(_LAST_RATE, 1 - self.share)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * factor
-        numbers = torch.from_numpy(parts[0].numbers)
-        rows_Ud = self.rows.gather(numbers)
-        leaves = [*self.learner.parameters(), rows_Ud]
+        numbers = [torch.from_numpy(part.numbers) for part in parts]
+        rows = [self.rows.gather(named) for named in numbers]
+        parameters = list(self.learner.parameters())
         samples = sum(part.samples for part in parts)
 
         def compute(nth: int) -> tuple[float, Sequence[Tensor]]:
             seed = _mixed(c.seed, self.at.epoch, self.at.step, nth)
             generator = torch.Generator().manual_seed(seed)  # of the masks of dropout
-            loss = self.learner.loss(rows_Ud, parts[nth], generator)
+            loss = self.learner.loss(rows[nth], parts[nth], generator)
+            leaves = [*parameters, rows[nth]]
             return loss.item(), torch.autograd.grad(loss / samples, leaves, materialize_grads=True)
 
         done = list(self.workers.map(compute, range(len(parts))))
-        *dense, rows = [sum(grads[1:], start=grads[0]) for grads in zip(*(g for _, g in done), strict=True)]
-        for parameter, grad in zip(leaves, dense, strict=False):
-            parameter.grad = grad
+        for parameter, grads in zip(parameters, zip(*(g for _, g in done), strict=True), strict=False):
+            parameter.grad = sum(grads[1:], start=grads[0])
         self.optimizer.step()
-        self.rows.update(numbers, rows_Ud, rows, factor)
+        self.rows.update([(named, g[-1]) for named, (_, g) in zip(numbers, done, strict=True)], factor)
         return sum(loss for loss, _ in done)
 
     def run_epoch(self, save: Callable[[], None], progress: Callable[[Tick], None] | None) -> None:

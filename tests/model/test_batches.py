@@ -508,7 +508,7 @@ def test_parts_hold_the_samples_of_the_whole(store, parts, switches):
         whole = batches.assemble(plan, np.random.default_rng(0))
         found = batches.assemble(plan, np.random.default_rng(0), parts)
         assert len(found) <= parts
-        assert all(np.array_equal(p.numbers, whole[0].numbers) for p in found)
+        assert np.array_equal(np.unique(np.concatenate([p.numbers for p in found])), whole[0].numbers)
 
         def samples(steps):
             plain = (s for step in steps for s in samples_in(store, sampling, step))

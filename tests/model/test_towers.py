@@ -332,13 +332,25 @@ def test_only_named_rows_are_updated():
     before = items.weight.clone()
     rows = items.gather(torch.tensor([1, 4]))
     (given,) = torch.autograd.grad(F.mse_loss(rows, torch.ones(2, 4)), rows)
-    items.update(torch.tensor([1, 4]), rows, given)
+    items.update([(torch.tensor([1, 4]), given)])
     changed = (items.weight != before).any(dim=1)
     assert changed.tolist() == [False, True, False, False, True, False]
     # row-wise Adagrad: the first step is lr times the gradient over its own root mean square
     grad = (before[[1, 4]] - 1) * 2 / 8
     wanted = before[[1, 4]] - 0.1 * grad / grad.square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close(items.weight[[1, 4]], wanted)
+
+
+def test_parts_that_name_the_same_rows_add_up():
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    whole, parts = ItemRows(start.clone(), lr=0.1), ItemRows(start.clone(), lr=0.1)
+    grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    whole.update([(torch.tensor([1, 3, 4]), grad)])
+    one, other = grad.clone(), torch.zeros(2, 4)
+    one[1], other[0] = 0.25 * grad[1], 0.75 * grad[1]
+    parts.update([(torch.tensor([1, 3, 4]), one), (torch.tensor([3, 5]), other)])
+    torch.testing.assert_close(parts.weight, whole.weight)
+    torch.testing.assert_close(parts.sum_of_squares, whole.sum_of_squares)
 
 
 def test_dropout_is_what_it_says_and_repeats():
