@@ -18,6 +18,7 @@ import pyarrow as pa
 import typer
 from rich.markup import escape
 
+from longretriever import __version__
 from longretriever.console import (
     LEARNING,
     bar,
@@ -89,6 +90,28 @@ def _configuration(context: typer.Context, file: Path | None) -> Path | None:
         raise InputError(f"{file}: {strange[0]} is no option of serve. See longretriever serve --help.")
     context.default_map = {**(context.default_map or {}), **given}
     return file
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_commands(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_say_version,
+            allow_from_autoenv=False,  # who sets LONGRETRIEVER_VERSION means something else
+            help="Print the version.",
+        ),
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 def main() -> None:

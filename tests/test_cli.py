@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer.main
 
+import longretriever
 from longretriever import Retriever, Rules, Top
 from longretriever.cli import app, main
 from longretriever.retrieve.merge import quota
@@ -532,6 +533,12 @@ def test_only_training_imports_torch(workspace, words):
 def test_training_without_torch_says_what_to_install(workspace):
     said = shell(WITHOUT_TORCH, "train", "store", "--out", "x", cwd=workspace)
     assert "pip install 'longretriever[train]'" in said.error
+
+
+def test_it_says_its_version(command):
+    said = command("--version")
+    assert (said.code, said.out.strip()) == (0, longretriever.__version__)
+    assert f"## {said.out.strip()}" in (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
 
 
 def test_every_command_and_option_says_what_it_is():
