@@ -486,6 +486,7 @@ def test_ctrl_c(workspace):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
     assert process.stderr is not None
     while not list(workspace.glob(".huge.*")):  # it is writing

@@ -229,7 +229,7 @@ add_items(sys.argv[1], sys.argv[2])
 
 @pytest.mark.parametrize(
     "moment",
-    ["model.extended._write_tokens", "retrieve.retriever.build", "saved._exchange", "saved.sync"],
+    ["model.extended._write_tokens", "retrieve.indexing.build", "saved._exchange", "saved.sync"],
 )
 def test_killed_at_any_moment_the_old_one_stays(model, trained, moment):
     before = opening(model, "model").fingerprint
@@ -247,7 +247,7 @@ def test_an_error_while_indexing_leaves_the_old_one(model, trained, monkeypatch)
         raise OSError("No space left on device")
 
     before = opening(model, "model").fingerprint
-    monkeypatch.setattr("longretriever.retrieve.retriever.build", fails)
+    monkeypatch.setattr("longretriever.retrieve.indexing.build", fails)
     with pytest.raises(OSError, match="No space left"):
         add_items(model, trained / "new.parquet")
     assert opening(model, "model", verify=True).fingerprint == before

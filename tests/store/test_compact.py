@@ -483,7 +483,7 @@ def test_if_nobody_is_left_the_old_store_stays(world, journal):
 
 
 def test_more_kinds_than_a_store_can_hold(world, journal):
-    journal.append([Event(1, 10, 1, START + n, f"kind {n}") for n in range(256)]).result(10)
+    journal.append([Event(1, 10, 1, START + n, f"kind {n}") for n in range(255)]).result(10)
     before = fingerprint(world / "store")
     with pytest.raises(InputError, match=r"more than 255 kinds of behavior, such as \['', 'kind 0'.*sqlite3"):
         compact(world / "store", world / "live")
