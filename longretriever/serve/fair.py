@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -23,6 +24,9 @@ import numpy as np
 
 TABLE = "LONGRETRIEVER_SERVE_CONNECTIONS"  # the file's path, in the environment
 PATIENCE = 0.005  # seconds
+_BREATH = 1.0  # seconds, where the system has no room for another connection
+
+log = logging.getLogger(__name__)
 
 
 def prepare(path: Path, workers: int) -> None:
@@ -91,22 +95,31 @@ class Turns:
         """A connection waits."""
         self._open = [transport for transport in self._open if not transport.is_closing()]
         if self._seat.has_more(len(self._open) + len(self._starting)):
-            self._loop.remove_reader(self._sock)
-            self._later = self._loop.call_later(PATIENCE, self._waited)
+            self._pause(PATIENCE, self._waited)
         else:
             self._accept()
 
     def _waited(self) -> None:
-        self._accept()
         self._listen()
+        self._accept()
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError, ConnectionAbortedError):  # another was faster; it has gone again
+        try:
             connection, _ = self._sock.accept()
-            task = self._loop.create_task(self._start(connection))
-            self._starting.add(task)
-            task.add_done_callback(self._starting.discard)
-            self._seat.has_more(len(self._open) + len(self._starting))
+        except (BlockingIOError, ConnectionAbortedError):  # another was faster; it has gone again
+            return
+        except OSError as error:  # no more files may be open: asking at once again would keep a core busy
+            log.warning("no connection taken: %s", error)
+            self._pause(_BREATH, self._listen)
+            return
+        task = self._loop.create_task(self._start(connection))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+        self._seat.has_more(len(self._open) + len(self._starting))
+
+    def _pause(self, seconds: float, then: Callable[[], None]) -> None:
+        self._loop.remove_reader(self._sock)
+        self._later = self._loop.call_later(seconds, then)
 
     async def _start(self, connection: socket.socket) -> None:
         with suppress(OSError):

@@ -50,9 +50,10 @@ CREATE TABLE event (
 ) STRICT;
 CREATE UNIQUE INDEX life ON event (user_id, time, item_id, behavior);
 CREATE UNIQUE INDEX by_event_id ON event (event_id) WHERE event_id IS NOT NULL;
-CREATE TABLE kind (hash INTEGER PRIMARY KEY) STRICT;  -- of behavior; itself it may be somebody's to forget
 CREATE TABLE about (name TEXT PRIMARY KEY, value ANY) STRICT;
 """
+_KINDS = "CREATE TABLE kind (hash INTEGER PRIMARY KEY) STRICT"
+"""Hashes of kinds of behavior: the words themselves may be somebody's to forget."""
 
 
 class Event(NamedTuple):
@@ -345,6 +346,7 @@ def _prepared(path: Path, connection: sqlite3.Connection) -> str:
                 raise NotSaved(f"{path}: an SQLite file, but not of live events. Choose another path.")
             elif marks[1] != FORMAT:
                 raise Mismatch(f"{path} has format {marks[1]}, this version reads format {FORMAT}.")
+            _count_kinds(connection)
             return str(connection.execute("SELECT value FROM about WHERE name = 'journal'").fetchone()[0])
     except SavedError:
         connection.close()
@@ -354,10 +356,21 @@ def _prepared(path: Path, connection: sqlite3.Connection) -> str:
 def _create(path: Path, connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.executescript(
-        f"BEGIN; {_SCHEMA} INSERT INTO about VALUES ('journal', '{uuid4().hex}'); "
+        f"BEGIN; {_SCHEMA} {_KINDS}; INSERT INTO about VALUES ('journal', '{uuid4().hex}'); "
         f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {FORMAT}; COMMIT;"
     )
     sync(path.parent)
+
+
+def _count_kinds(connection: sqlite3.Connection) -> None:
+    """Give a journal from before kinds were counted its list of them."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'kind'").fetchone():
+        return
+    kinds = connection.execute("SELECT DISTINCT behavior FROM event WHERE behavior IS NOT NULL").fetchall()
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(_KINDS)
+        connection.executemany("INSERT INTO kind VALUES (?)", [(_hash(kind),) for (kind,) in kinds])
 
 
 @contextmanager

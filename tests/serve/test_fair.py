@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -86,6 +87,33 @@ def test_one_that_does_not_take_its_turn_is_waited_for_only_a_moment(table):
         return found
 
     assert asyncio.run(answers()) == [b"hello"] * 5
+
+
+def test_without_room_for_more_files_it_waits_and_goes_on(table, monkeypatch, caplog):
+    monkeypatch.setattr(fair, "_BREATH", 0.05)
+
+    class Full(socket.socket):
+        refused = 0
+
+        def accept(self):
+            if self.refused < 2:
+                self.refused += 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    async def answer() -> bytes:
+        with Full() as shared:
+            shared.bind(("127.0.0.1", 0))
+            shared.listen()
+            turns = Turns(asyncio.get_running_loop(), shared, Hello)
+            reader, writer = await asyncio.open_connection(*shared.getsockname())
+            found = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+            turns.close()
+            return found
+
+    assert asyncio.run(answer()) == b"hello"
+    assert caplog.text.count("Too many open files") == 2, "not asked again and again"
 
 
 class Hello(asyncio.Protocol):

@@ -445,6 +445,20 @@ def test_a_sender_who_mistakes_kinds_for_ids_cannot_use_them_up(tmp_path):
         journal.append([event(2, behavior="save")], beside).result(10)
 
 
+def test_a_journal_from_before_kinds_were_counted(tmp_path):
+    with opened(tmp_path / "live.sqlite") as journal:
+        written(journal, *(event(n, behavior=f"click {n}") for n in range(254)))
+    with closing(sqlite3.connect(tmp_path / "live.sqlite")) as connection:
+        connection.execute("DROP TABLE kind")
+    with opened(tmp_path / "live.sqlite") as journal:
+        assert (
+            written(journal, event(1, 2, behavior="click 9"), event(2, 2, behavior="one more")).accepted == 2
+        )
+        with pytest.raises(InputError, match="'too many'"):
+            written(journal, event(3, 2, behavior="too many"))
+        assert journal.count() == 256
+
+
 # -- folding
 
 
