@@ -25,6 +25,7 @@ from rich.table import Table
 from longretriever import Retriever
 from longretriever.clusters import Clusters
 from longretriever.index import CORPUS, Index
+from longretriever.retrieve.indexing import busy_users_vectors
 
 K = 500
 Answers = Callable[[np.ndarray], np.ndarray]  # a user vector [1, D] -> item numbers [k]
@@ -41,7 +42,10 @@ def main() -> None:
     args = parser.parse_args()
     faiss.omp_set_num_threads(1)
     retriever = Retriever.load(args.model)
-    vectors, index = _vectors(retriever, args.users), retriever._of_all.index
+    vectors, index = (
+        busy_users_vectors(retriever, args.users, np.random.default_rng(1)),
+        retriever._of_all.index,
+    )
     assert isinstance(index, Index)
     groups, index._clusters = index._clusters, None
     rows = [_measured("look at all", lambda user: index.search(user, np.array([CORPUS]), K)[0][0], vectors)]
@@ -52,13 +56,6 @@ def main() -> None:
         row["times_faster"] = round(rows[0]["ms"] / row["ms"], 1)
     report = {"items": index.n_items, "users": len(vectors), "ways": rows}
     print(json.dumps(report, indent=1)) if args.json else Console().print(_table(report))
-
-
-def _vectors(retriever: Retriever, users: int) -> np.ndarray:
-    store = retriever.store
-    size = np.diff(store.group_start[store.user_group])
-    drawn = np.random.default_rng(1).choice(store.n_users, users, replace=False, p=size / size.sum())
-    return retriever.corpus_vectors([store.life(int(user)) for user in drawn])
 
 
 def _grouped(groups: Clusters | None) -> Iterator[tuple[str, Answers]]:
@@ -73,7 +70,7 @@ def _grouped(groups: Clusters | None) -> Iterator[tuple[str, Answers]]:
             return groups.search(user, K)[0][0]
 
         mark = ", as tuned" if factor == 1 else ""
-        yield f"{probes:,} of {groups.shape[2]:,} groups{mark}", answer
+        yield f"{probes:,} of {groups.number:,} groups{mark}", answer
 
 
 def _hnsw(retriever: Retriever) -> Iterator[tuple[str, Answers]]:

@@ -23,19 +23,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
+from serving import memory_of
 
 SAMPLED = 0.05  # seconds between looks at the memory
 SORT = """
@@ -125,7 +126,8 @@ def _measured(command: list[str], made: Path) -> dict[str, float]:
     reader.start()
     own = peak = 0
     while process.poll() is None:
-        own, peak = max(own, _memory(process.pid, "Anonymous")), max(peak, _memory(process.pid, "Rss"))
+        found = _memory(process.pid)
+        own, peak = max(own, found["Anonymous"]), max(peak, found["Rss"])
         time.sleep(SAMPLED)
     seconds = time.perf_counter() - start
     reader.join()
@@ -134,18 +136,14 @@ def _measured(command: list[str], made: Path) -> dict[str, float]:
     return {"seconds": seconds, "own_mb": own / 1e3, "peak_mb": peak / 1e3, "disk_mb": _on_disk(made) / 1e6}
 
 
-def _memory(pid: int, kind: str) -> int:
-    """kB of a process and its children."""
+def _memory(pid: int) -> Counter[str]:
+    """kB by kind, of a process and its children."""
     try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        found = 0
-        for one in family:
-            for line in Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith(f"{kind}:"):
-                    found += int(line.split()[1])
-        return found
+        process = psutil.Process(pid)
+        kinds = [memory_of(one.pid) for one in (process, *process.children(recursive=True))]
     except (psutil.Error, OSError):  # it has just ended
-        return 0
+        return Counter()
+    return sum(map(Counter, kinds), start=Counter())
 
 
 def _on_disk(path: Path) -> int:
@@ -167,7 +165,6 @@ def _grown(rows: list[dict[str, Any]]) -> None:
     least = min(row["events"] for row in rows)
     for row in rows:
         row["growth"] = row["seconds"] / row["events"] / (seconds[row["stage"], least] / least)
-        row["n_log_n"] = math.log(row["events"]) / math.log(least)
         if row["stage"] == "ingest":
             row["times_sort"] = row["seconds"] / seconds["bare sort", row["events"]]
 

@@ -177,7 +177,7 @@ class Bare(NamedTuple):
                 if whole.any() and index._clusters is not None:
                     index._clusters.search(user_vectors[whole], k)
                 elif whole.any():
-                    index._all.search_preassigned(user_vectors[whole], k, every(index, whole), None)
+                    index._all.search_preassigned(user_vectors[whole], k, _every(index, whole), None)
                 if not whole.all():
                     wanted = np.ascontiguousarray(contexts[~whole, None])
                     index._faiss.search_preassigned(user_vectors[~whole], k, wanted, None)
@@ -185,7 +185,7 @@ class Bare(NamedTuple):
         return [slices, onnx, search]
 
 
-def every(index: Index, which: np.ndarray) -> np.ndarray:
+def _every(index: Index, which: np.ndarray) -> np.ndarray:
     return np.tile(np.arange(index.n_categories), (int(which.sum()), 1))
 
 
@@ -499,7 +499,7 @@ def in_memory(model: Path, work: Path, workers: int) -> dict[str, Any]:
     with _server(model, work, "--workers", str(workers)) as (url, process, ready):
         asyncio.run(_closed(url, bodies, 4 * workers, 2.0))
         family = [process, *process.children(recursive=True)]
-        kinds = [_memory(one.pid) for one in family]
+        kinds = [memory_of(one.pid) for one in family]
     return {
         "workers": workers,
         "ready_s": round(ready, 2),
@@ -508,7 +508,7 @@ def in_memory(model: Path, work: Path, workers: int) -> dict[str, Any]:
     }
 
 
-def _memory(pid: int) -> dict[str, int]:
+def memory_of(pid: int) -> dict[str, int]:
     """kB by kind. What is not anonymous are pages of files, which the system can take back."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     return {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}

@@ -282,7 +282,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Put the item vectors into one FAISS list per category; with --add, those of new items too."""
-    from longretriever.retrieve.indexing import index_model
+    from longretriever.retrieve.indexing import WHOLE, index_model
 
     if item_column and not add:
         raise InputError("--item-column is for --add, the items to add.")
@@ -298,7 +298,7 @@ def index(
         else:
             target = index_model(model, path, progress=advance, exact=exact)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-    grouped = next(filter(None, map(_groups, (target, model / "whole" / "index"))), None)
+    grouped = next(filter(None, map(_groups, (target, model / WHOLE / "index"))), None)
     facts = {"path": str(target), "bytes": size, "clusters": grouped}
     facts |= {} if added is None else {"items": added}
     summary = {**_added_summary(added), "index": target, "size": f"{size / 1e6:,.1f} MB"}

@@ -8,7 +8,7 @@ items, on average over vectors of real users. docs/index.md has what that costs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,57 +55,69 @@ def centres(vectors: Callable[[np.ndarray], np.ndarray], n_items: int, seed: int
     return np.asarray(k_means.centroids)
 
 
+def inverted_file(quantizer: faiss.IndexFlat, lists: int) -> faiss.IndexIVFScalarQuantizer:
+    """Lists without items, of inner product and 16-bit floats; its codes are the vectors themselves."""
+    kind, metric, by_residual = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+    made = faiss.IndexIVFScalarQuantizer(quantizer, quantizer.d, lists, kind, metric, by_residual)
+    made.is_trained = True
+    return made
+
+
+def read_inverted_file(file: Path, dimension: int, items: int, lists: int) -> faiss.IndexIVFScalarQuantizer:
+    """Open one, memory-mapped. Raises `Damaged` for what is none, or of other sizes."""
+    advice = f"Make {file.parent} again with `longretriever index`."
+    try:
+        opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    except RuntimeError as error:
+        raise Damaged(f"{file}: not a FAISS file ({error}). {advice}") from error
+    wanted = {"dimension": dimension, "items": items, "lists": lists}
+    found = {"dimension": opened.d, "items": opened.ntotal, "lists": getattr(opened, "nlist", 0)}
+    if not isinstance(opened, faiss.IndexIVFScalarQuantizer) or found != wanted:
+        raise Damaged(
+            f"{file}: a {type(opened).__name__} of {found}, expected an IndexIVFScalarQuantizer of {wanted}. "
+            f"{advice}"
+        )
+    # Else FAISS starts threads at each search, to touch pages ahead.
+    faiss.downcast_InvertedLists(opened.invlists).prefetch_nthread = 0
+    return opened
+
+
 def empty(centres_nD: np.ndarray) -> faiss.IndexIVFScalarQuantizer:
     """Groups without items, to `add` vectors to in order of their numbers."""
-    n, dimension = centres_nD.shape
-    quantizer = faiss.IndexFlatIP(dimension)
+    quantizer = faiss.IndexFlatIP(centres_nD.shape[1])
     quantizer.add(np.ascontiguousarray(centres_nD, dtype=np.float32))
-    kind, metric, by_residual = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
-    groups = faiss.IndexIVFScalarQuantizer(quantizer, dimension, n, kind, metric, by_residual)
-    groups.own_fields = True
-    quantizer.this.disown()
-    groups.is_trained = True
-    return groups
+    return inverted_file(quantizer, len(centres_nD))
 
 
-def tuned(groups: faiss.IndexIVFScalarQuantizer, queries_qD: np.ndarray, exact: Found) -> dict[str, Any]:
-    """How many groups are to be looked at, as facts of the index: probes, recall, k.
+def tuned(
+    groups: faiss.IndexIVFScalarQuantizer, queries_qD: np.ndarray, nearest_qk: np.ndarray
+) -> dict[str, Any]:
+    """How many groups are to be looked at, as facts of the index: number, probes, recall, k.
 
-    `exact` is what is really nearest to the queries. All groups, where no fewer find enough.
+    `nearest_qk` are the items really nearest to the queries, -1 pads. All groups, where no fewer find enough.
     """
-    nearest = exact[0]
-    there = (nearest >= 0).sum(axis=1)
+    there, k = (nearest_qk >= 0).sum(axis=1), nearest_qk.shape[1]
     probes, low, high = groups.nlist, 1, groups.nlist
     recall = 1.0
     while low <= high:  # recall rises with the probes
         middle = (low + high) // 2
-        found, _ = _search(groups, queries_qD, nearest.shape[1], middle, None)
-        hits = [np.isin(a[:n], b).sum() for a, b, n in zip(nearest, found, there, strict=True)]
+        found, _ = _search(groups, queries_qD, k, middle, None)
+        hits = [np.isin(a[:n], b).sum() for a, b, n in zip(nearest_qk, found, there, strict=True)]
         reached = float(np.mean(np.array(hits) / np.maximum(there, 1)))
         if reached >= RECALL:
             probes, recall, high = middle, reached, middle - 1
         else:
             low = middle + 1
-    return {"number": groups.nlist, "probes": probes, "recall": round(recall, 4), "k": nearest.shape[1]}
+    return {"number": groups.nlist, "probes": probes, "recall": round(recall, 4), "k": k}
 
 
 class Clusters:
     """A file written from `empty`, opened read-only; safe to search from several threads."""
 
-    def __init__(self, file: Path, probes: int) -> None:
-        try:
-            self._groups = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
-        except RuntimeError as error:
-            raise Damaged(f"{file}: not a FAISS file ({error}).") from error
-        if not isinstance(self._groups, faiss.IndexIVFScalarQuantizer):
-            raise Damaged(f"{file}: a {type(self._groups).__name__}, expected an IndexIVFScalarQuantizer.")
-        faiss.downcast_InvertedLists(self._groups.invlists).prefetch_nthread = 0
-        self.probes = probes
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Items, dimensions, groups."""
-        return int(self._groups.ntotal), int(self._groups.d), int(self._groups.nlist)
+    def __init__(self, file: Path, dimension: int, items: int, facts: Mapping[str, Any]) -> None:
+        """`facts` are those of `tuned`. Raises `Damaged`."""
+        self._groups = read_inverted_file(file, dimension, items, facts["number"])
+        self.number, self.probes = int(facts["number"]), int(facts["probes"])
 
     def search(self, user_ND: np.ndarray, k: int, without: Sequence[slice] = ()) -> Found:
         """Items near to each user vector, nearest first, that are in none of these ranges of numbers.

@@ -15,15 +15,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
 from longretriever import clusters as by_nearness
-from longretriever.clusters import Clustering, Clusters
-from longretriever.errors import Damaged, InputError, UnknownCategory
+from longretriever.clusters import Clustering, Clusters, inverted_file, read_inverted_file
+from longretriever.errors import InputError, UnknownCategory
 from longretriever.saved import Manifest, opening, writing
 
 SAMPLE = 1024
@@ -355,7 +354,8 @@ def _encode(
     first = next(chunks, None)
     if first is None:
         raise InputError("No item vectors, so there is nothing to index. Pass at least one chunk [n, D].")
-    lists = _empty_lists(first.shape[1], len(category_start) - 1)
+    # The quantizer stays empty: the list of an item is known, never searched for.
+    lists = inverted_file(faiss.IndexFlatIP(first.shape[1]), len(category_start) - 1)
     sample_vector = np.empty((len(sample_item), first.shape[1]), np.float32)
     for chunk in itertools.chain([first], chunks):
         done = lists.ntotal
@@ -369,27 +369,13 @@ def _encode(
     return lists, sample_vector
 
 
-def _empty_lists(dimension: int, n_categories: int) -> faiss.IndexIVFScalarQuantizer:
-    by_residual = False  # a list has no centroid: its codes are the vectors themselves
-    lists = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(dimension),  # stays empty: the list of an item is known, never searched for
-        dimension,
-        n_categories,
-        faiss.ScalarQuantizer.QT_fp16,
-        faiss.METRIC_INNER_PRODUCT,
-        by_residual,
-    )
-    lists.is_trained = True
-    return lists
-
-
 def _tuned(groups: Any, lists: Any, queries_qD: np.ndarray) -> dict[str, Any]:
     """How many groups are to be looked at; nothing where it is so many that all can be looked at as well."""
     query_qD = np.ascontiguousarray(queries_qD, dtype=np.float32)
     every = np.tile(np.arange(lists.nlist), (len(query_qD), 1))
     lists.nprobe = lists.nlist
-    cosine, item = lists.search_preassigned(query_qD, min(lists.ntotal, by_nearness.NEAREST), every, None)
-    facts = by_nearness.tuned(groups, query_qD, (item, cosine))
+    _, item = lists.search_preassigned(query_qD, min(lists.ntotal, by_nearness.NEAREST), every, None)
+    facts = by_nearness.tuned(groups, query_qD, item)
     return facts if facts["probes"] <= groups.nlist / 2 else {}
 
 
@@ -400,38 +386,15 @@ def _add(lists: faiss.IndexIVFScalarQuantizer, chunk: np.ndarray, category_start
 
 
 def _read_lists(manifest: Manifest) -> faiss.IndexIVFScalarQuantizer:
-    file = manifest.path / _LISTS
-    try:
-        lists = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
-    except RuntimeError as error:
-        raise Damaged(f"{file}: not a FAISS file ({error}). {_again(manifest.path)}") from error
-    wanted = {name: manifest.facts[name] for name in ("dimension", "items", "categories")}
-    found = {"dimension": lists.d, "items": lists.ntotal, "categories": getattr(lists, "nlist", 0)}
-    if not isinstance(lists, faiss.IndexIVFScalarQuantizer) or found != wanted:
-        raise Damaged(
-            f"{file}: a {type(lists).__name__} of {found}, expected an IndexIVFScalarQuantizer of {wanted}. "
-            f"{_again(manifest.path)}"
-        )
-    # Else FAISS starts threads at each search, to touch pages ahead.
-    faiss.downcast_InvertedLists(lists.invlists).prefetch_nthread = 0
-    return lists
+    facts = manifest.facts
+    return read_inverted_file(manifest.path / _LISTS, facts["dimension"], facts["items"], facts["categories"])
 
 
 def _read_clusters(manifest: Manifest) -> Clusters | None:
-    file, facts = manifest.path / _CLUSTERS, manifest.facts.get("clusters")
-    if facts is None:
+    facts = manifest.facts
+    if "clusters" not in facts:
         return None
-    found = Clusters(file, facts["probes"])
-    wanted = manifest.facts["items"], manifest.facts["dimension"], facts["number"]
-    if found.shape != wanted:
-        raise Damaged(
-            f"{file}: items, dimensions, groups {found.shape}, expected {wanted}. {_again(manifest.path)}"
-        )
-    return found
-
-
-def _again(folder: Path) -> str:
-    return f"Make {folder} again with `longretriever index`."
+    return Clusters(manifest.path / _CLUSTERS, facts["dimension"], facts["items"], facts["clusters"])
 
 
 def _checked_queries(

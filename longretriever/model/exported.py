@@ -47,6 +47,10 @@ class UserVectors(NamedTuple):
     interests: np.ndarray
     shares: np.ndarray | None
 
+    def that_count(self) -> np.ndarray:
+        """[interests in all, d] request after request."""
+        return self.user[np.arange(self.user.shape[1]) < self.interests[:, None]]
+
 
 class Model:
     """A folder written by `longretriever train`, opened read-only.

@@ -34,16 +34,18 @@ def index_model(
     all. Repeats itself exactly, on one machine with one number of threads.
     """
     path = Path(path)
-    asked = None if exact else path
-    if (path / WHOLE).exists():
-        _index(path / WHOLE, path / WHOLE / "index", asked, None)
-        asked = None
-    return _index(path, Path(out) if out else path / "index", asked, progress)
-
-
-def _index(path: Path, target: Path, asked: Path | None, progress: Callable[[int, int], None] | None) -> Path:
-    """`asked` is the model folder whose users' vectors search all items here; None: all are looked at."""
     model = Model.open(path)
+    asked = None if exact else model
+    if (path / WHOLE).exists():
+        _index(Model.open(path / WHOLE), path / WHOLE / "index", asked, None)
+        asked = None
+    return _index(model, Path(out) if out else path / "index", asked, progress)
+
+
+def _index(
+    model: Model, target: Path, asked: Model | None, progress: Callable[[int, int], None] | None
+) -> Path:
+    """`asked` is the model whose users' vectors search all items here; None: all are looked at."""
     chunks = (model.item_vectors(slice(at, at + _CHUNK)) for at in range(0, model.n_items, _CHUNK))
     clustering = None
     if asked is not None and model.asks_corpus and model.n_items >= clusters.FROM:
@@ -53,22 +55,26 @@ def _index(path: Path, target: Path, asked: Path | None, progress: Callable[[int
     return target
 
 
-def _clustering(model: Model, asked: Path) -> Clustering | None:
+def _clustering(model: Model, asked: Model) -> Clustering | None:
     """Groups of this model's items, and vectors of users who are asked about often; None without a store."""
-    asking = Model.open(asked)
     try:
-        store = trained_on(asking, False)
+        store = trained_on(asked, False)
     except NotSaved:
         return None
-    whole = None if model.path == asking.path else Searched(model, _unsearched(model))
-    retriever = Retriever(asking, _unsearched(asking), store, whole=whole)
-    rng = np.random.default_rng(0)
-    size = np.diff(store.group_start[store.user_group])
-    users = rng.choice(store.n_users, min(_QUERIES, store.n_users), replace=False, p=size / size.sum())
-    queries = retriever.corpus_vectors([store.life(int(user)) for user in users])
+    whole = None if model is asked else Searched(model, _unsearched(model))
+    retriever = Retriever(asked, _unsearched(asked), store, whole=whole)
+    queries = busy_users_vectors(retriever, _QUERIES, np.random.default_rng(0))
     if len(queries) == 0:
         return None
     return Clustering(clusters.centres(model.item_vectors, model.n_items), queries[:_QUERIES])
+
+
+def busy_users_vectors(retriever: Retriever, n: int, rng: np.random.Generator) -> np.ndarray:
+    """[about n, D] what searches all items for users drawn by their number of behaviors, as requests come."""
+    store = retriever.store
+    size = np.diff(store.group_start[store.user_group])
+    users = rng.choice(store.n_users, min(n, store.n_users), replace=False, p=size / size.sum())
+    return retriever.corpus_vectors([store.life(int(user)) for user in users])
 
 
 def _unsearched(model: Model) -> ExactIndex:

@@ -266,7 +266,7 @@ class Retriever:
         vectors = model.user_vectors(rows)
         lap("vectors")
         row_N = np.repeat(np.arange(len(rows)), vectors.interests)
-        user_ND = vectors.user[np.arange(vectors.user.shape[1]) < vectors.interests[:, None]]
+        user_ND = vectors.that_count()
         context_N = np.array([rows[i].category for i in row_N])
         fetch = max(1, min(k + max(map(len, unwanted)), self._largest(context_N)))
         item_Nk, cosine_Nk = index.search(user_ND, context_N, fetch, tuple(ruled.excluded))
@@ -453,8 +453,7 @@ class Retriever:
                 if request.category == CORPUS
             ]
             if rows:
-                vectors = model.user_vectors(rows)
-                found.append(vectors.user[np.arange(vectors.user.shape[1]) < vectors.interests[:, None]])
+                found.append(model.user_vectors(rows).that_count())
         return np.concatenate(found)
 
     def store_vectors(self) -> np.ndarray:
