@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from longretriever.model.baselines.mind import MindConfig
     from longretriever.model.baselines.ulim import UlimConfig
     from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
-    from longretriever.model.extended import Added
+    from longretriever.model.extended import Added, Removed
     from longretriever.model.train import train
-    from longretriever.retrieve.added import add_items
+    from longretriever.retrieve.added import add_items, remove_items
     from longretriever.retrieve.indexing import index_model
     from longretriever.retrieve.interests import Contexts, Pgin, RandomInTop, Top
     from longretriever.retrieve.merge import probability, quota, round_robin, score
@@ -45,6 +45,7 @@ _HOME = {
     "Pgin": "retrieve.interests",
     "PginConfig": "model.config",
     "RandomInTop": "retrieve.interests",
+    "Removed": "model.extended",
     "Retrieval": "retrieve.retrieval",
     "Retriever": "retrieve.retriever",
     "Rules": "retrieve.rules",
@@ -58,6 +59,7 @@ _HOME = {
     "ingest": "store.ingest",
     "probability": "retrieve.merge",
     "quota": "retrieve.merge",
+    "remove_items": "retrieve.added",
     "round_robin": "retrieve.merge",
     "score": "retrieve.merge",
     "train": "model.train",
@@ -78,6 +80,7 @@ __all__ = [
     "Pgin",
     "PginConfig",
     "RandomInTop",
+    "Removed",
     "Retrieval",
     "Retriever",
     "Rules",
@@ -92,6 +95,7 @@ __all__ = [
     "ingest",
     "probability",
     "quota",
+    "remove_items",
     "round_robin",
     "score",
     "train",

@@ -274,6 +274,13 @@ def index(
         list[str] | None,
         typer.Option("--add", help="New items to add to the model first: as --items of ingest."),
     ] = None,
+    move: Annotated[
+        bool, typer.Option("--move", help="With --add: items of another category there go to it.")
+    ] = False,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option("--remove", help="Items that shall not be found any more: a file with item_id."),
+    ] = None,
     item_column: ItemColumns = None,
     max_rejected: MaxRejected = 0.01,
     exact: Annotated[
@@ -281,27 +288,42 @@ def index(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Put the item vectors into one FAISS list per category; with --add, those of new items too."""
+    """Put the item vectors into one FAISS list per category; with --add and --remove, items come and go."""
+    from longretriever.retrieve.added import add_items, remove_items
     from longretriever.retrieve.indexing import WHOLE, index_model
 
-    if item_column and not add:
-        raise InputError("--item-column is for --add, the items to add.")
-    if path is not None and add:
-        raise InputError("--add replaces the model together with MODEL/index: index to --out afterwards.")
-    if exact and add:
-        raise InputError("--add indexes as it always does: index with --exact afterwards.")
-    added: dict[str, Any] | None = None
+    changes = bool(add or remove)
+    if item_column and not changes:
+        raise InputError("--item-column is for --add and --remove, the items that come or go.")
+    if move and not add:
+        raise InputError("--move is for --add: name the items file that says where items are now.")
+    if path is not None and changes:
+        raise InputError(
+            "--add and --remove replace the model together with MODEL/index: index to --out afterwards."
+        )
+    if exact and changes:
+        raise InputError("--add and --remove index as it is always done: index with --exact afterwards.")
+    found: dict[str, Any] = {}
     with bar("indexing items", None) as advance:
+        if not changes:
+            index_model(model, path, progress=advance, exact=exact)
+        columns = _pairs(item_column, "--item-column")
+        options: dict[str, Any] = {"columns": columns, "max_rejected": max_rejected, "progress": advance}
+        if remove:
+            found["removed"] = remove_items(model, remove, **options).as_dict()
         if add:
-            added = _add(model, add, item_column, max_rejected, advance)
-            target = model / "index"
-        else:
-            target = index_model(model, path, progress=advance, exact=exact)
+            found["items"] = add_items(model, add, move=move, **options).as_dict()
+    target = path or model / "index"
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     grouped = next(filter(None, map(_groups, (target, model / WHOLE / "index"))), None)
     facts = {"path": str(target), "bytes": size, "clusters": grouped}
-    facts |= {} if added is None else {"items": added}
-    summary = {**_added_summary(added), "index": target, "size": f"{size / 1e6:,.1f} MB"}
+    facts |= found
+    summary = {
+        **_removed_summary(found.get("removed")),
+        **_added_summary(found.get("items")),
+        "index": target,
+        "size": f"{size / 1e6:,.1f} MB",
+    }
     if grouped:
         summary["all items"] = (
             f"{grouped['number']:,} groups, of which {grouped['probes']:,} are looked at for "
@@ -887,18 +909,23 @@ def _compact_summary(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _add(
-    model: Path,
-    items: list[str],
-    item_column: list[str] | None,
-    max_rejected: float,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    from longretriever.retrieve.added import add_items
+def _rows(rows: Mapping[str, int]) -> str:
+    return f"{rows['read']:,} read" + "".join(
+        f", {n:,} {why}" for why, n in rows.items() if n and why != "read"
+    )
 
-    columns = _pairs(item_column, "--item-column")
-    report = add_items(model, items, columns=columns, max_rejected=max_rejected, progress=progress)
-    return report.as_dict()
+
+def _removed_summary(removed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What became of items to remove, in words for people; nothing where none were given."""
+    if removed is None:
+        return {}
+    before = f", {removed['already']:,} had been before" if removed["already"] else ""
+    unknown = f", {removed['unknown']:,} are not in the model" if removed["unknown"] else ""
+    return {
+        "rows to remove": _rows(removed["rows"]),
+        "removed": f"{removed['removed']:,} items{before}{unknown}",
+        "left": f"{removed['left']:,} items",
+    }
 
 
 def _added_summary(added: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -906,13 +933,19 @@ def _added_summary(added: Mapping[str, Any] | None) -> dict[str, Any]:
     if added is None:
         return {}
     rows, features = added["rows"], added["features"]
-    lost = "".join(f", {n:,} {reason}" for reason, n in rows.items() if n and reason != "read")
+    stay = not (added["back"] or added["moved"])
     into = f" in {len(added['categories']):,} categories" if added["added"] else ""
     summary = {
-        "rows": f"{rows['read']:,} read{lost}",
+        "rows": _rows(rows),
         "added": f"{added['added']:,} items{into}",
-        "already there": f"{added['already']:,} items, left as they are",
+        "already there": f"{added['already']:,} items{', left as they are' if stay else ''}",
     }
+    if added["back"]:
+        summary["back"] = f"{added['back']:,} of those, which had been removed"
+    if added["moved"]:
+        summary["moved"] = f"{added['moved']:,} of those, to the category that they have here"
+    if added["elsewhere"]:
+        summary["elsewhere"] = f"{added['elsewhere']:,} of those have another category here (see --move)"
     for name, found in features.items():
         summary[f"feature {name}"] = ", ".join(f"{n:,} {what}" for what, n in found.items())
     if added["plain"]:

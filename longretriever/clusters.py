@@ -9,11 +9,13 @@ items, on average over vectors of real users. docs/index.md has what that costs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import faiss
 import numpy as np
+from faiss.contrib.inspect_tools import get_invlist
 
 from longretriever.errors import Damaged
 
@@ -29,11 +31,28 @@ _ROUNDS = 8
 Found = tuple[np.ndarray, np.ndarray]  # item numbers and cosines [N, k]
 
 
-class Clustering(NamedTuple):
-    """What to group items by, and user vectors to choose by how many groups are looked at; of length 1."""
+@dataclass
+class Clustering:
+    """Groups to put items into, and how many of them a search is to look at, or how to find that out.
 
-    centres: np.ndarray  # [n, D]
-    queries: np.ndarray  # [q, D]
+    groups   from `empty` or `carried`
+    holds    [I] whether the groups hold an item already; None: they are empty
+    queries  [q, D] user vectors of length 1, to choose by how many groups are looked at
+    facts    instead of `queries`: what `tuned` said before
+    """
+
+    groups: faiss.IndexIVFScalarQuantizer
+    holds: np.ndarray | None = None
+    queries: np.ndarray | None = None
+    facts: dict[str, Any] | None = None
+
+    def add(self, vector_nD: np.ndarray, number_n: np.ndarray) -> None:
+        """Those of the items that are not there yet."""
+        if self.holds is not None:
+            new = ~self.holds[number_n]
+            vector_nD, number_n = vector_nD[new], number_n[new]
+        if len(number_n):
+            self.groups.add_with_ids(vector_nD, number_n)
 
 
 def how_many(n_items: int) -> int:
@@ -83,16 +102,32 @@ def read_inverted_file(file: Path, dimension: int, items: int, lists: int) -> fa
 
 
 def empty(centres_nD: np.ndarray) -> faiss.IndexIVFScalarQuantizer:
-    """Groups without items, to `add` vectors to in order of their numbers."""
+    """Groups without items."""
     quantizer = faiss.IndexFlatIP(centres_nD.shape[1])
     quantizer.add(np.ascontiguousarray(centres_nD, dtype=np.float32))
     return inverted_file(quantizer, len(centres_nD))
 
 
+def carried(file: Path, number_I: np.ndarray) -> faiss.IndexIVFScalarQuantizer:
+    """The groups of an older file with its items under their new numbers, -1: left out. As fast as a copy."""
+    old = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    made = empty(faiss.downcast_index(old.quantizer).reconstruct_n(0, old.nlist))
+    for group in range(old.nlist):
+        item, code = get_invlist(old.invlists, group)
+        number = number_I[item]
+        kept = number >= 0
+        number, code = number[kept], np.ascontiguousarray(code[kept])
+        if len(number):
+            pointers = faiss.swig_ptr(number), faiss.swig_ptr(code)
+            made.invlists.add_entries(group, len(number), *pointers)
+            made.ntotal += len(number)
+    return made
+
+
 def tuned(
     groups: faiss.IndexIVFScalarQuantizer, queries_qD: np.ndarray, nearest_qk: np.ndarray
 ) -> dict[str, Any]:
-    """How many groups are to be looked at, as facts of the index: number, probes, recall, k.
+    """How many groups are to be looked at, as facts of the index: number, probes, recall, k, items then.
 
     `nearest_qk` are the items really nearest to the queries, -1 pads. All groups, where no fewer find enough.
     """
@@ -108,15 +143,16 @@ def tuned(
             probes, recall, high = middle, reached, middle - 1
         else:
             low = middle + 1
-    return {"number": groups.nlist, "probes": probes, "recall": round(recall, 4), "k": k}
+    sizes = {"number": groups.nlist, "items": groups.ntotal}
+    return {**sizes, "probes": probes, "recall": round(recall, 4), "k": k}
 
 
 class Clusters:
     """A file written from `empty`, opened read-only; safe to search from several threads."""
 
-    def __init__(self, file: Path, dimension: int, items: int, facts: Mapping[str, Any]) -> None:
-        """`facts` are those of `tuned`. Raises `Damaged`."""
-        self._groups = read_inverted_file(file, dimension, items, facts["number"])
+    def __init__(self, file: Path, dimension: int, held: int, numbers: int, facts: Mapping[str, Any]) -> None:
+        """Of `held` items, with numbers below `numbers`; `facts` are those of `tuned`. Raises `Damaged`."""
+        self._groups, self._numbers = read_inverted_file(file, dimension, held, facts["number"]), numbers
         self.number, self.probes = int(facts["number"]), int(facts["probes"])
 
     def search(self, user_ND: np.ndarray, k: int, without: Sequence[slice] = ()) -> Found:
@@ -127,7 +163,7 @@ class Clusters:
         return _search(self._groups, user_ND, k, self.probes, self._but(without) if len(without) else None)
 
     def _but(self, ranges: Sequence[slice]) -> Any:
-        wanted = np.ones(self._groups.ntotal, bool)
+        wanted = np.ones(self._numbers, bool)
         for one in ranges:
             wanted[one] = False
         return faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import faiss
@@ -35,7 +35,8 @@ CORPUS = -1
 """As a context: items of all categories."""
 
 _CHUNK = 1 << 16  # items: 16 MB of 64-dimensional float32
-_LISTS, _CLUSTERS = "lists.faiss", "clusters.faiss"
+CLUSTERS = "clusters.faiss"
+_LISTS = "lists.faiss"
 
 
 def build(
@@ -44,6 +45,7 @@ def build(
     out: str | os.PathLike[str],
     *,
     made_from: dict[str, str],
+    without: np.ndarray | None = None,
     sample: int = SAMPLE,
     seed: int = 0,
     clustering: Clustering | None = None,
@@ -54,8 +56,9 @@ def build(
     `item_vectors_ID` is an array (a memory-mapped one is read once, in chunks) or an iterable of chunks
     [n, D] that together hold all items; each vector has length 1. `category_start` [C+1] is the first item
     number of each category; a category may be empty. `made_from` maps kinds to fingerprints ("store",
-    "model"). `sample` and `seed` choose the items behind `log_normaliser`. `clustering` groups items by
-    nearness as well, for searches of all of them. `progress` is called with items done and items in all.
+    "model"). `without` are item numbers that no search shall find. `sample` and `seed` choose the items
+    behind `log_normaliser`. `clustering` groups items by nearness as well, for searches of all of them.
+    `progress` is called with items done and items in all.
 
     Memory: 2 bytes a dimension and 8 more for each item, twice that with `clustering`, and one chunk. Time:
     under 1 s for a million items; with `clustering` 5 s, and that of scanning all items for each query.
@@ -64,22 +67,27 @@ def build(
     """
     category_start = _checked_starts(category_start)
     n_items, n_categories = int(category_start[-1]), len(category_start) - 1
-    sample_start, sample_item = _choose_sample(category_start, sample, np.random.default_rng(seed))
+    there = _there(n_items, without)
+    sample_start, sample_item = _choose_sample(category_start, there, sample, np.random.default_rng(seed))
     with writing(out, "index") as folder:
         chunks = _checked_chunks(item_vectors_ID, n_items)
-        groups = None if clustering is None else by_nearness.empty(clustering.centres)
-        lists, sample_vector = _encode(chunks, category_start, sample_item, groups, progress)
+        lists, sample_vector = _encode(chunks, category_start, there, sample_item, clustering, progress)
         faiss.write_index(lists, str(folder.path / _LISTS))
-        if clustering is not None and (facts := _tuned(groups, lists, clustering.queries)):
+        if clustering is not None and (facts := clustering.facts or _tuned(clustering, lists)):
             folder.facts["clusters"] = facts
-            faiss.write_index(groups, str(folder.path / _CLUSTERS))
+            faiss.write_index(clustering.groups, str(folder.path / CLUSTERS))
         folder.save_array("category_start", category_start)
         folder.save_array("sample_start", sample_start)
         folder.save_array("sample_item", sample_item)
         folder.save_array("sample_vector", sample_vector)
         folder.made_from.update(made_from)
         folder.facts.update(
-            items=n_items, categories=n_categories, dimension=lists.d, sample=sample, seed=seed
+            items=n_items,
+            without=n_items - lists.ntotal,
+            categories=n_categories,
+            dimension=lists.d,
+            sample=sample,
+            seed=seed,
         )
 
 
@@ -104,6 +112,7 @@ class Index:
         # How many lists a search visits is a property of the opened file, so there is one for each number.
         self._faiss, self._all = _read_lists(manifest), _read_lists(manifest)
         self._all.nprobe = self.n_categories
+        self._lists = faiss.downcast_InvertedLists(self._faiss.invlists)
         self._clusters = _read_clusters(manifest)
         self.dimension: int = self._faiss.d
 
@@ -187,9 +196,9 @@ class Index:
         self, user_D: np.ndarray, category: int, scale: float, item_k: np.ndarray, cosine_k: np.ndarray
     ) -> float:
         fetched, cosine = item_k[item_k >= 0], cosine_k[item_k >= 0]
-        size, at = self.n_items, self.n_categories  # of the whole corpus
+        size, at = self._faiss.ntotal, self.n_categories  # of the whole corpus
         if category != CORPUS:
-            size, at = int(self.category_start[category + 1] - self.category_start[category]), category
+            size, at = self._lists.list_size(int(category)), category
         sample = slice(*self.sample_start[at : at + 2])  # empty unless there are many items
         if len(fetched) < size and sample.start == sample.stop:
             cosine = self._all_cosines(user_D, category)
@@ -217,10 +226,13 @@ class Index:
 class ExactIndex:
     """`Index` by brute force over a plain array [I, D], memory-mapped or not: the reference.
 
-    Scores are those of the array's own precision; all ties are broken by item number.
+    Scores are those of the array's own precision; all ties are broken by item number. `without` are item
+    numbers that no search shall find.
     """
 
-    def __init__(self, item_vectors_ID: np.ndarray, category_start: np.ndarray) -> None:
+    def __init__(
+        self, item_vectors_ID: np.ndarray, category_start: np.ndarray, without: np.ndarray | None = None
+    ) -> None:
         self.category_start = _checked_starts(category_start)
         self.item_vectors_ID = item_vectors_ID
         self.n_items, self.n_categories = int(self.category_start[-1]), len(self.category_start) - 1
@@ -230,6 +242,7 @@ class ExactIndex:
                 "by the last entry of category_start."
             )
         self.dimension = item_vectors_ID.shape[1]
+        self._there = _there(self.n_items, without)
 
     def search(
         self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int, without: Sequence[int] = ()
@@ -271,8 +284,10 @@ class ExactIndex:
         )
 
     def _cosines(self, user_D: np.ndarray, category: int) -> np.ndarray:
-        start, stop = self._range(category)
-        return np.asarray(self.item_vectors_ID[start:stop], dtype=np.float32) @ user_D
+        """Of all its items; of those that no search shall find, -inf."""
+        here = slice(*self._range(category))
+        cosine = np.asarray(self.item_vectors_ID[here], dtype=np.float32) @ user_D
+        return np.where(self._there[here], cosine, np.float32(-np.inf))
 
     def _range(self, category: int) -> tuple[int, int]:
         if category == CORPUS:
@@ -327,17 +342,27 @@ def _chunks(item_vectors_ID: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.n
         yield item_vectors_ID[start : start + _CHUNK]
 
 
+def _there(n_items: int, without: np.ndarray | None) -> np.ndarray:
+    """[I] whether a search may find each item."""
+    there = np.ones(n_items, bool)
+    if without is not None and len(without):
+        if without.min() < 0 or without.max() >= n_items:
+            raise InputError(f"without={_abridged(without)}: expected item numbers from 0 to {n_items - 1}.")
+        there[without] = False
+    return there
+
+
 def _choose_sample(
-    category_start: np.ndarray, sample: int, rng: np.random.Generator
+    category_start: np.ndarray, there: np.ndarray, sample: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranges [C+2] and item numbers [S]: `sample` items of each large category, and of a large corpus."""
     if sample < 1:
         raise InputError(f"sample={sample}, expected at least 1.")
-    sizes = np.append(np.diff(category_start), category_start[-1])
-    first = np.append(category_start[:-1], 0)
+    number, before = np.flatnonzero(there), np.append(0, np.cumsum(there))[category_start]
+    sizes, first = np.append(np.diff(before), len(number)), np.append(before[:-1], 0)
     counts = np.where(sizes > LARGE * sample, sample, 0)
     chosen = [
-        first[c] + np.sort(rng.choice(sizes[c], sample, replace=False, shuffle=False))
+        number[first[c] + np.sort(rng.choice(sizes[c], sample, replace=False, shuffle=False))]
         for c in np.flatnonzero(counts)
     ]
     return np.concatenate([[0], np.cumsum(counts)]), np.concatenate([np.empty(0, np.int64), *chosen])
@@ -346,8 +371,9 @@ def _choose_sample(
 def _encode(
     chunks: Iterator[np.ndarray],
     category_start: np.ndarray,
+    there: np.ndarray,
     sample_item: np.ndarray,
-    groups: faiss.IndexIVFScalarQuantizer | None,
+    clustering: Clustering | None,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[faiss.IndexIVFScalarQuantizer, np.ndarray]:
     """The filled lists and the vectors [S, D] of the sample, in one pass."""
@@ -356,22 +382,24 @@ def _encode(
         raise InputError("No item vectors, so there is nothing to index. Pass at least one chunk [n, D].")
     # The quantizer stays empty: the list of an item is known, never searched for.
     lists = inverted_file(faiss.IndexFlatIP(first.shape[1]), len(category_start) - 1)
-    sample_vector = np.empty((len(sample_item), first.shape[1]), np.float32)
+    sample_vector, done = np.empty((len(sample_item), first.shape[1]), np.float32), 0
     for chunk in itertools.chain([first], chunks):
-        done = lists.ntotal
         here = np.flatnonzero((sample_item >= done) & (sample_item < done + len(chunk)))
         sample_vector[here] = chunk[sample_item[here] - done]
-        _add(lists, chunk, category_start)
-        if groups is not None:
-            groups.add(chunk)
+        number = done + np.flatnonzero(there[done : done + len(chunk)])
+        found = chunk if len(number) == len(chunk) else chunk[number - done]
+        _add(lists, found, number, category_start)
+        if clustering is not None:
+            clustering.add(found, number)
+        done += len(chunk)
         if progress is not None:
-            progress(lists.ntotal, int(category_start[-1]))
+            progress(done, int(category_start[-1]))
     return lists, sample_vector
 
 
-def _tuned(groups: Any, lists: Any, queries_qD: np.ndarray) -> dict[str, Any]:
+def _tuned(clustering: Clustering, lists: Any) -> dict[str, Any]:
     """How many groups are to be looked at; nothing where it is so many that all can be looked at as well."""
-    query_qD = np.ascontiguousarray(queries_qD, dtype=np.float32)
+    groups, query_qD = clustering.groups, np.ascontiguousarray(clustering.queries, dtype=np.float32)
     every = np.tile(np.arange(lists.nlist), (len(query_qD), 1))
     lists.nprobe = lists.nlist
     _, item = lists.search_preassigned(query_qD, min(lists.ntotal, by_nearness.NEAREST), every, None)
@@ -379,22 +407,29 @@ def _tuned(groups: Any, lists: Any, queries_qD: np.ndarray) -> dict[str, Any]:
     return facts if facts["probes"] <= groups.nlist / 2 else {}
 
 
-def _add(lists: faiss.IndexIVFScalarQuantizer, chunk: np.ndarray, category_start: np.ndarray) -> None:
-    number = np.arange(lists.ntotal, lists.ntotal + len(chunk), dtype=np.int64)
+def _add(
+    lists: faiss.IndexIVFScalarQuantizer, vector: np.ndarray, number: np.ndarray, category_start: np.ndarray
+) -> None:
     category = np.searchsorted(category_start, number, side="right") - 1
-    lists.add_core(len(chunk), *(faiss.swig_ptr(array) for array in (chunk, number, category)))
+    lists.add_core(len(vector), *(faiss.swig_ptr(array) for array in (vector, number, category)))
 
 
 def _read_lists(manifest: Manifest) -> faiss.IndexIVFScalarQuantizer:
     facts = manifest.facts
-    return read_inverted_file(manifest.path / _LISTS, facts["dimension"], facts["items"], facts["categories"])
+    return read_inverted_file(manifest.path / _LISTS, facts["dimension"], _held(facts), facts["categories"])
 
 
 def _read_clusters(manifest: Manifest) -> Clusters | None:
     facts = manifest.facts
     if "clusters" not in facts:
         return None
-    return Clusters(manifest.path / _CLUSTERS, facts["dimension"], facts["items"], facts["clusters"])
+    sizes = facts["dimension"], _held(facts), facts["items"]
+    return Clusters(manifest.path / CLUSTERS, *sizes, facts["clusters"])
+
+
+def _held(facts: Mapping[str, Any]) -> int:
+    """How many items a search may find."""
+    return int(facts["items"]) - int(facts.get("without", 0))  # an older version left none out
 
 
 def _checked_queries(

@@ -266,7 +266,14 @@ def test_new_items_are_added_and_found(command, growing):
         (["--add", "nowhere.csv"], r"nowhere\.csv: no items file there"),
         (["--add", "new.csv"], "no column item_id; .*Name the right one with --item-column item_id=NAME"),
         (["--item-column", "item_id=thing"], "--item-column is for --add"),
-        (["--add", "new.csv", "--out", "x"], "--add replaces the model together with MODEL/index"),
+        (["--move"], "--move is for --add"),
+        (["--remove", "nowhere.csv"], r"nowhere\.csv: no items file there"),
+        (["--remove", "new.csv"], "no column item_id; .*Name the right one with --item-column item_id=NAME"),
+        (["--remove", "new.csv", "--exact"], "--add and --remove index as it is always done"),
+        (
+            ["--add", "new.csv", "--out", "x"],
+            "--add and --remove replace the model together with MODEL/index",
+        ),
         (
             ["--add", "new.csv", "--item-column", "item_id=title", "--item-column", "title=thing"],
             "item_id 'a new lamp' is not an integer, the ids of growing are",
@@ -281,6 +288,31 @@ def test_new_items_are_added_and_found(command, growing):
 def test_errors_of_new_items(command, growing, options, message):
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(command("index", "growing", *options).error)
+
+
+def test_items_go_move_and_come_back(command, growing, workspace):
+    (workspace / "gone.csv").write_text("item_id\n0\n1\n77777777\n")
+    (workspace / "there.csv").write_text("item_id,category_id\n1,0\n2,1\n3,\n")
+    asked = ("retrieve", "growing", "--user", 7, "--include-category", 0, "--k", 500, "--json")
+    before = {c["item_id"] for c in command(*asked).json["candidates"]}
+    assert 0 in before
+    said = command("index", "growing", "--remove", "gone.csv", "--add", "there.csv", "--move")
+    assert said.code == 0, said.err
+    for line in (
+        r"rows to remove +3 read",
+        r"removed +2 items, 1 are not in the model",
+        r"left +[0-9,]+ items",
+        r"already there +3 items",
+        r"back +1 of those, which had been removed",
+        r"moved +\d of those, to the category that they have here",
+    ):
+        assert re.search(line, said.out), line
+    after = {c["item_id"]: c["category_id"] for c in command(*asked).json["candidates"]}
+    assert 0 not in after
+    assert after.get(2) == 1
+    found = command("index", "growing", "--add", "new.csv", "--item-column", "item_id=thing", "--json").json
+    assert (found["items"]["added"], found["items"]["back"]) == (2, 1)
+    assert 0 in {c["item_id"] for c in command(*asked).json["candidates"]}
 
 
 def test_new_items_need_no_torch(workspace, growing):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def world() -> tuple[np.ndarray, np.ndarray]:
 def folder(world, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("clustered") / "index"
     items, users = world
-    grouped = Clustering(clusters.centres(lambda some: items[some], N), users)
+    grouped = Clustering(clusters.empty(clusters.centres(lambda some: items[some], N)), queries=users)
     build(items, START, path, made_from={}, sample=100, clustering=grouped)
     return path
 
@@ -108,7 +109,7 @@ def test_probabilities_of_the_corpus_hardly_change(world, folder, tmp_path):
 
 def test_the_same_again(world, folder, tmp_path):
     items, users = world
-    grouped = Clustering(clusters.centres(lambda some: items[some], N), users)
+    grouped = Clustering(clusters.empty(clusters.centres(lambda some: items[some], N)), queries=users)
     build(items, START, tmp_path / "again", made_from={}, sample=100, clustering=grouped)
     again = opening(tmp_path / "again", "index")
     assert again.fingerprint == opening(folder, "index").fingerprint
@@ -117,7 +118,7 @@ def test_the_same_again(world, folder, tmp_path):
 def test_where_users_lie_anywhere_more_groups_are_looked_at(world, folder, tmp_path):
     items, _ = world
     anywhere = unit(np.random.default_rng(1).standard_normal((30, D)))
-    grouped = Clustering(clusters.centres(lambda some: items[some], N), anywhere)
+    grouped = Clustering(clusters.empty(clusters.centres(lambda some: items[some], N)), queries=anywhere)
     build(items, START, tmp_path / "index", made_from={}, clustering=grouped)
     facts = opening(tmp_path / "index", "index").facts["clusters"]
     assert facts["probes"] > 1.5 * opening(folder, "index").facts["clusters"]["probes"]
@@ -127,13 +128,38 @@ def test_where_users_lie_anywhere_more_groups_are_looked_at(world, folder, tmp_p
 def test_where_most_groups_would_be_looked_at_there_are_none(tmp_path):
     """Vectors without any structure."""
     items = unit(np.random.default_rng(2).standard_normal((3_000, D)))
-    grouped = Clustering(clusters.centres(lambda some: items[some], 3_000), items[:30])
+    grouped = Clustering(
+        clusters.empty(clusters.centres(lambda some: items[some], 3_000)), queries=items[:30]
+    )
     build(items, np.array([0, 3_000]), tmp_path / "index", made_from={}, clustering=grouped)
     assert "clusters" not in opening(tmp_path / "index", "index").facts
     assert Index.open(tmp_path / "index").search(items[:2], np.repeat(WHOLE, 2), 3)[0][:, 0].tolist() == [
         0,
         1,
     ]
+
+
+def test_groups_carried_over_are_those_made_anew(world, folder, tmp_path):
+    """Items under other numbers, some gone and some new, as searches find them."""
+    items, users = world
+    rng = np.random.default_rng(5)
+    order = np.concatenate([rng.permutation(5_000), 5_000 + rng.permutation(15_000)])
+    number = np.argsort(order)  # item -> its new number
+    gone, new = number[:40].copy(), number[40:90].copy()
+    number[np.r_[0:90]] = -1
+    groups = clusters.carried(folder / "clusters.faiss", number)
+    holds = np.ones(N, bool)
+    holds[gone] = holds[new] = False
+    facts = opening(folder, "index").facts["clusters"]
+    carried = Clustering(groups, holds, facts=facts)
+    build(items[order], START, tmp_path / "carried", made_from={}, without=gone, clustering=carried)
+    centres = faiss.downcast_index(groups.quantizer).reconstruct_n(0, 256)
+    anew = Clustering(clusters.empty(centres), facts=facts)
+    build(items[order], START, tmp_path / "anew", made_from={}, without=gone, clustering=anew)
+    one, two = (found(Index.open(tmp_path / name), users) for name in ("carried", "anew"))
+    assert np.array_equal(np.sort(one), np.sort(two))
+    assert not np.isin(one, gone).any()
+    assert np.isin(new, one).any()
 
 
 def test_a_broken_file_is_named(folder, tmp_path):

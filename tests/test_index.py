@@ -64,6 +64,36 @@ def exact(vectors: np.ndarray) -> ExactIndex:
 # -- search
 
 
+def test_items_left_out_are_found_by_nobody(vectors: np.ndarray, tmp_path: Path) -> None:
+    """And probabilities are over the others, as though they had never been."""
+    rng = np.random.default_rng(3)
+    without = np.sort(rng.choice(len(vectors), len(vectors) // 3, replace=False))
+    build(vectors, START, tmp_path / "some", made_from={}, sample=SAMPLE, without=without)
+    some, exact = Index.open(tmp_path / "some", verify=True), ExactIndex(vectors, START, without)
+    left = np.setdiff1d(np.arange(len(vectors)), without)
+    start = np.searchsorted(left, START)
+    bare = ExactIndex(vectors[left], start)
+    build(vectors[left], start, tmp_path / "bare", made_from={}, sample=SAMPLE)
+    users, contexts = random_vectors(len(EVERY) + 1, seed=4), np.append(EVERY, CORPUS)
+    truth, true_cosine = bare.search(users, contexts, 100)
+    for index in (some, exact):
+        item, cosine = index.search(users, contexts, 100)
+        assert not np.isin(item, without).any()
+        np.testing.assert_allclose(cosine, true_cosine, atol=1e-3)
+        said = index.log_normaliser(users, contexts, 10.0, item, cosine)
+        alone = bare if index is exact else Index.open(tmp_path / "bare")
+        wanted = alone.log_normaliser(users, contexts, 10.0, *alone.search(users, contexts, 100))
+        np.testing.assert_allclose(said, wanted, atol=1e-3)
+    item, _ = exact.search(users, contexts, 100)
+    assert np.array_equal(item, np.where(truth >= 0, left[truth], -1))
+
+
+def test_items_left_out_must_be_there(vectors: np.ndarray, tmp_path: Path) -> None:
+    for wrong in (-1, len(vectors)):
+        with pytest.raises(InputError, match=r"without=\[.*\]: expected item numbers from 0 to"):
+            build(vectors, START, tmp_path / "index", made_from={}, without=np.array([wrong]))
+
+
 def test_search_finds_what_brute_force_finds(index: Index, exact: ExactIndex) -> None:
     users, contexts = random_vectors(405, seed=1), np.tile(EVERY, 45)
     item, cosine = index.search(users, contexts, 100)

@@ -30,7 +30,7 @@ def arms(parts: tuple[str, ...] = ("systems", "paper", "ours", "ulim")) -> list[
 
     systems  whole systems: ours, the paper's, ULIM, EBR, MIND, and rivals that only count
     paper    the ablations of LongRetriever's Tables 3, 4 and 5
-    ours     what we added to the paper, one left out at a time
+    ours     what we added to the paper, one left out at a time; what we tried besides, one added
     ulim     ULIM's own ablations
     """
     need_torch()
@@ -104,12 +104,12 @@ def _ours() -> list[Arm]:
         "20 contexts": (whole, Pgin(20)),
         "without a vector of all items": (replace(whole, whole=None), None),
         "all samples of heavy users": (_every_sample(), None),
-        "without short-term vector": (replace(whole, recent_length=0), None),
+        "with short-term vector": (replace(whole, recent_length=20), None),
         "without means of behaviors": (_no_bag(), None),
         "without ages": (replace(whole, ages=False), None),
         "without returns": (replace(whole, returns=False), None),
         "without warm start": (replace(whole, warm_start=False), None),
-        "without requests at a distance": (_next_event(), None),
+        "with requests at a distance": (_at_a_distance(), None),
     }
     return [
         Arm(name, "The default but for this.", learn=config, interests=interests)
@@ -121,8 +121,8 @@ def _every_sample() -> TrainConfig:
     return TrainConfig(most=None, whole=EbrConfig(most=None), interests=PginConfig(most=None))
 
 
-def _next_event() -> TrainConfig:
-    return TrainConfig(distance=0.0, interests=PginConfig(distance=0.0))
+def _at_a_distance() -> TrainConfig:
+    return TrainConfig(distance=0.5, interests=PginConfig(distance=0.5))
 
 
 def _no_bag() -> TrainConfig:

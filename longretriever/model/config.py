@@ -100,7 +100,7 @@ class PginConfig(Learning):
     pointer: bool = True  # to categories of the user's history
     generator: bool = True  # of any category
     most: int | None = 100
-    distance: float = 0.5  # share of samples asked for some events ahead, not just before
+    distance: float = 0.0  # share of samples asked for some events ahead, not just before
     horizon: int = 500  # events ahead at most
 
     def __post_init__(self) -> None:
@@ -163,13 +163,13 @@ class TrainConfig(VectorLearning):
     heads: int = 2
     context_length: int = 50  # L: behaviors of a context that the user tower reads
     bag: bool = True  # their mean is read beside the transformer's state
-    recent_length: int = 20  # last behaviors of any category that it also looks at; 0: none
+    recent_length: int = 0  # last behaviors of any category that it also looks at
     life_sample: int = 0  # and so many of what is older, spread evenly over the life
     within: int | None = None  # only the user's last so many behaviors are looked at; None: the whole life
     ages: bool = True  # how long ago the last behaviors were is a feature
     returns: bool = True  # items met before compete by when they were met, the others by their vectors
     explore_weight: float = 0.5  # of the loss by vectors alone, beside that of the mixture with returns
-    distance: float = 0.5  # share of samples asked for some events ahead, not just before
+    distance: float = 0.0  # share of samples asked for some events ahead, not just before
     whole: EbrConfig | None = EbrConfig()  # one more vector, which searches all items; None: contexts alone
     whole_share: float = 0.4  # of an answer's probability: for what that vector finds
     interests: PginConfig | None = PginConfig()  # the choice of contexts; None: by Equation 3

@@ -58,6 +58,7 @@ class Model:
     item_token      [I, d] what the user tower reads as a behavior; normalised, the item vector
     category_token  [C, d] the context, for the user tower
     category_start  [C+1] first item number of each category: a category is a range of items
+    removed         [n] sorted numbers of items that shall not be retrieved, though users have met them
     items.arrow, categories.arrow   the ids of those numbers
     user_tower.onnx                 see `_feed` and `UserVectors`
     """
@@ -67,6 +68,7 @@ class Model:
         self.item_token = manifest.load_array("item_token")
         self.category_token = manifest.load_array("category_token", mmap=False)
         self.category_start = manifest.load_array("category_start", mmap=False)
+        self.removed = removed(manifest)
         self.items = read_arrow(manifest.path / "items.arrow")
         self.item_ids = ItemIds(self.items[ITEM])
         self.category_ids = Ids(read_arrow(manifest.path / "categories.arrow")[CATEGORY])
@@ -176,6 +178,13 @@ class Model:
         there = np.array([[len(r.behaviors.time), len(r.recent.time)] for r in requests]) > 0
         feed["since"] = age_class(feed["since"]) * there
         return {k: v for k, v in feed.items() if k in self._inputs}
+
+
+def removed(manifest: Manifest) -> np.ndarray:
+    """See `Model`."""
+    if "removed.npy" not in manifest.files:
+        return np.empty(0, np.int64)
+    return manifest.load_array("removed", mmap=False)
 
 
 def session(file: Path, threads: int) -> Any:

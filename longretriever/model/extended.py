@@ -1,9 +1,11 @@
-"""How does an item that is newer than the model get a vector? From its category and its features, untrained.
+"""How does a model's catalogue change between trainings? Items come, move to another category, and go.
 
-An item's token is the sum of its own row, its category's and its features'; a new item has no row of its own.
-Where a value of its features is known, that row is zero: training leaves rows out at random (`id_dropout`),
-so that the rest makes a vector by itself. Where none is known, the mean of the category's rows stands in, for
-the category's vector alone was never an item. docs/index.md has the measurements behind both.
+A new item's vector is of its category and its features, untrained. An item's token is the sum of its own
+row, its category's and its features'; a new item has no row of its own. Where a value of its features is
+known, that row is zero: training leaves rows out at random (`id_dropout`), so that the rest makes a vector by
+itself. Where none is known, the mean of the category's rows stands in, for the category's vector alone was
+never an item. docs/index.md has the measurements behind both. An item that moves changes one category's
+vector for the other's. One that goes stays in the model, for users have met it; it is only found no more.
 
 Items are numbered by category, so all that goes by item number is written anew, in a folder that takes the
 old one's place at once. Nothing here needs PyTorch.
@@ -27,11 +29,14 @@ import pyarrow.compute as pc
 
 from longretriever.errors import InputError, Mismatch, UnknownCategory
 from longretriever.events import CATEGORY, ITEM, TITLE
+from longretriever.model.exported import removed
 from longretriever.saved import MANIFEST, Folder, Manifest, kind_of, opening, writing
 from longretriever.store.behaviors import Vocabulary, read_arrow, vocabularies
 
 BY_ITEM = ("items.arrow", "category_start.npy", "item_feature.npy", "item_token.npy")
 """Files of a model that go by item number, or count items."""
+
+_REMOVED = "removed.npy"
 
 SHOWN = 5  # examples in an error
 
@@ -45,7 +50,10 @@ class Added:
 
     rows: dict[str, int]  # of the input: read, unusable ones by reason, duplicate, conflicting
     added: int
-    already: int  # items that the model had; they stay as they are
+    already: int  # items that the model had; but for those counted below, they stay as they are
+    back: int  # of those: they had been removed, and are found again
+    elsewhere: int  # of those: the input has another category, in which they were not put
+    moved: int  # of those: the input has another category, in which they are now
     categories: dict[int | str, int]  # category -> items added to it
     features: dict[str, dict[str, int]]  # field -> of the added: known, unknown to the model, missing
     plain: int  # of the added: without any known feature, so all of one category have one vector
@@ -55,6 +63,21 @@ class Added:
         return {**asdict(self), "categories": {str(c): n for c, n in self.categories.items()}}
 
 
+@dataclass(frozen=True)
+class Removed:
+    """What became of the items that were to go."""
+
+    rows: dict[str, int]  # of the input: read, unusable ones by reason, duplicate, conflicting
+    removed: int
+    already: int  # items that had been removed before
+    unknown: int  # ids that the model does not have
+    left: int  # items of the model that are found
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self)
+
+
 class _New(NamedTuple):
     """Items to add, sorted by id."""
 
@@ -62,57 +85,130 @@ class _New(NamedTuple):
     category: np.ndarray  # [n] category numbers of the model
 
 
+class _Change(NamedTuple):
+    """All that is to become different, in item numbers of the model as it is."""
+
+    new: _New
+    moved: np.ndarray  # [m] items
+    to: np.ndarray  # [m] their category
+    removed: np.ndarray  # [r] sorted: all that shall not be found from now on
+
+    @property
+    def renumbers(self) -> bool:
+        """Do items get other numbers?"""
+        return bool(len(self.new.category) or len(self.moved))
+
+
 def extend(
     path: str | os.PathLike[str],
     items: Any,
     *,
+    move: bool = False,
     columns: Mapping[str, str] | None = None,
     max_rejected: float = 0.01,
     then: Callable[[Path], object] | None = None,
 ) -> Added:
     """Add to a model folder the items that it does not have, and to the models inside it.
 
-    `items`, `columns` and `max_rejected` are as in `ingest`. Items are added all or none, in a new folder
-    that replaces the old one, and `then` is called with it before (see `writing`); where nothing is new,
-    nothing happens. Several calls give the same model as one with all items.
+    `items`, `columns` and `max_rejected` are as in `ingest`. Items that had been removed come back. With
+    `move`, those that are of another category here than in the model go there. All happens or nothing, in
+    a new folder that replaces the old one, and `then` is called with it before (see `writing`); where
+    nothing is new, nothing happens. Several calls give the same model as one with all items.
 
-    Raises `UnknownCategory` where a new item is of no category of the model, `EventsError` or `InputError`
-    for an input that cannot be used, and a `SavedError`: `Mismatch` for a model that was saved without what
-    makes vectors of new items, or that was replaced meanwhile.
+    Raises `UnknownCategory` where an item is to go to a category that the model does not have, `EventsError`
+    or `InputError` for an input that cannot be used, and a `SavedError`: `Mismatch` for a model that was
+    saved without what makes vectors of new items, or that was replaced meanwhile.
 
     Memory: ids, titles and features of all items, and the tokens of the new ones. Time: about that of copying
     the folder twice, and of a sort of the ids.
     """
-    from longretriever.store.ingest import read_counted  # which brings an engine that serving does not need
-
-    base = opening(path, "model", verify=True)  # what is copied must not be damaged
+    base, given, counts = _read(path, items, columns, max_rejected)
     if "item_fields" not in base.facts:
         raise Mismatch(
             f"{base.path} was saved without the rows of item features, by an older version: no item can be "
             "added to it. Train it again with `longretriever train`."
         )
-    given, counts = read_counted(items, "items", columns, max_rejected)
-    new = _those_new(base, given)
+    number = _numbers(base, given)
+    already, gone = number[number >= 0], removed(base)
+    new = _those_new(base, given.filter(pa.array(number < 0)))
+    elsewhere, to = _elsewhere(base, given.filter(pa.array(number >= 0)), already, move)
+    still_gone = np.setdiff1d(gone, already)
+    moved = slice(None) if move else slice(0)
+    change = _Change(new, elsewhere[moved], to[moved], still_gone)
+    if change.renumbers or len(still_gone) < len(gone):
+        _replace(base, change, Path(path), then)
+    return _report(base, counts, change, len(already), len(gone) - len(still_gone), len(elsewhere))
 
+
+def remove(
+    path: str | os.PathLike[str],
+    items: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_rejected: float = 0.01,
+    then: Callable[[Path], object] | None = None,
+) -> Removed:
+    """Have a model, and those inside it, find these items no more; they still count where a user met them.
+
+    `items` needs the column `item_id` only; ids that the model does not have are counted. The rest, and what
+    is raised, is as in `extend`. Raises `InputError` where nothing would be left. Time: that of copying the
+    folder.
+    """
+    base, given, counts = _read(path, items, columns, max_rejected)
+    number, gone = _numbers(base, given), removed(base)
+    found = number[number >= 0]
+    all_gone = np.union1d(gone, found)
+    left = int(base.load_array("category_start")[-1]) - len(all_gone)
+    if left == 0:
+        raise InputError(f"All items of {base.path} would be removed; nothing was. Leave some to be found.")
+    if len(all_gone) > len(gone):
+        nothing = _New(given.slice(0, 0), np.empty(0, np.int64))
+        _replace(base, _Change(nothing, found[:0], found[:0], all_gone), Path(path), then)
+    removed_now = len(all_gone) - len(gone)
+    return Removed(counts, removed_now, len(found) - removed_now, len(number) - len(found), left)
+
+
+def _read(
+    path: str | os.PathLike[str], items: Any, columns: Mapping[str, str] | None, max_rejected: float
+) -> tuple[Manifest, pa.Table, dict[str, int]]:
+    """The model as it is, the items that were given, with ids as the model's are, and what became of rows."""
+    from longretriever.store.ingest import read_counted  # which brings an engine that serving does not need
+
+    base = opening(path, "model", verify=True)  # what is copied must not be damaged
+    given, counts = read_counted(items, "items", columns, max_rejected)
+    ids = _as_ids(given[ITEM], read_arrow(base.path / "items.arrow")[ITEM].type, base.path)
+    return base, given.set_column(given.schema.get_field_index(ITEM), ITEM, ids), counts
+
+
+def _numbers(base: Manifest, given: pa.Table) -> np.ndarray:
+    """[n] the model's numbers of the given items, -1 where it does not have one."""
+    known = read_arrow(base.path / "items.arrow")[ITEM]
+    return pc.index_in(given[ITEM], value_set=known).fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _replace(base: Manifest, change: _Change, path: Path, then: Callable[[Path], object] | None) -> None:
     def finish(made: Path) -> None:
         if then is not None:
             then(made)
         if opening(path, "model").fingerprint != base.fingerprint:
-            raise Mismatch(f"{base.path} was replaced while items were being added. Add them again.")
+            raise Mismatch(f"{base.path} was replaced while its items were being changed. Change them again.")
 
-    if len(new.category):
-        _write(base, new, Path(path), finish)
-    return _report(base, given, counts, new)
+    _write(base, change, path, finish)
 
 
-def _report(base: Manifest, given: pa.Table, counts: dict[str, int], new: _New) -> Added:
-    names = read_arrow(base.path / "categories.arrow")[CATEGORY]
+def _report(
+    base: Manifest, counts: dict[str, int], change: _Change, already: int, back: int, elsewhere: int
+) -> Added:
+    names, new = read_arrow(base.path / "categories.arrow")[CATEGORY], change.new
     category, count = np.unique(new.category, return_counts=True)
     fields, code_nF = vocabularies(base.facts["item_fields"]), _codes(base, new.rows)
     return Added(
         rows=counts,
         added=len(new.category),
-        already=given.num_rows - len(new.category),
+        already=already,
+        back=back,
+        elsewhere=elsewhere - len(change.moved),
+        moved=len(change.moved),
         categories=dict(zip(names.take(pa.array(category)).to_pylist(), count.tolist(), strict=True)),
         features={field.name: _found(field, new.rows, code_nF[:, i]) for i, field in enumerate(fields)},
         plain=int((code_nF == 0).all(axis=1).sum()),
@@ -128,17 +224,34 @@ def _found(field: Vocabulary, rows: pa.Table, code_n: np.ndarray) -> dict[str, i
 # -- what was given, in the model's terms
 
 
-def _those_new(base: Manifest, given: pa.Table) -> _New:
-    """The given items that the model does not have. Raises `InputError`, `UnknownCategory`."""
-    known = read_arrow(base.path / "items.arrow")[ITEM]
-    ids = _as_ids(given[ITEM], known.type, base.path)
-    rows = given.set_column(given.schema.get_field_index(ITEM), ITEM, ids)
-    rows = rows.filter(pc.invert(pc.is_in(ids, value_set=known)))
-    categories = read_arrow(base.path / "categories.arrow")[CATEGORY]
-    found = pc.index_in(rows[CATEGORY].cast(pa.large_string()), value_set=categories.cast(pa.large_string()))
-    if found.null_count:
-        raise UnknownCategory(_without_category(base, rows, found))
-    return _New(rows, found.to_numpy().astype(np.int64))
+def _those_new(base: Manifest, rows: pa.Table) -> _New:
+    """Of items that the model does not have. Raises `UnknownCategory`."""
+    category = _categories(base, rows)
+    if (category < 0).any():
+        raise UnknownCategory(_without_category(base, rows, category))
+    return _New(rows, category)
+
+
+def _elsewhere(
+    base: Manifest, rows: pa.Table, number: np.ndarray, move: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Items of the model that are of another category in these rows, and that one, -1 if it has no such.
+
+    A row without a category says nothing. Raises `UnknownCategory` where an item cannot `move` there.
+    """
+    category, said = _categories(base, rows), rows[CATEGORY].is_valid().to_numpy()
+    start = base.load_array("category_start")
+    other = said & (category != np.searchsorted(start, number, side="right") - 1)
+    if move and (category[other] < 0).any():
+        raise UnknownCategory(_without_category(base, rows.filter(pa.array(other)), category[other]))
+    return number[other], category[other]
+
+
+def _categories(base: Manifest, rows: pa.Table) -> np.ndarray:
+    """[n] the model's numbers of the rows' categories, -1 where it does not have one."""
+    known = read_arrow(base.path / "categories.arrow")[CATEGORY].cast(pa.large_string())
+    found = pc.index_in(rows[CATEGORY].cast(pa.large_string()), value_set=known)
+    return found.fill_null(-1).to_numpy().astype(np.int64)
 
 
 def _as_ids(given: pa.ChunkedArray, dtype: pa.DataType, path: Path) -> pa.ChunkedArray:
@@ -153,8 +266,8 @@ def _as_ids(given: pa.ChunkedArray, dtype: pa.DataType, path: Path) -> pa.Chunke
     return given.cast(dtype)
 
 
-def _without_category(base: Manifest, rows: pa.Table, found: pa.ChunkedArray) -> str:
-    strange = rows.filter(pc.is_null(found))
+def _without_category(base: Manifest, rows: pa.Table, category: np.ndarray) -> str:
+    strange = rows.filter(pa.array(category < 0))
     shown = strange.select([ITEM, CATEGORY]).slice(0, SHOWN).to_pylist()
     named = ", ".join(f"{row[ITEM]!r} (category {row[CATEGORY]!r})" for row in shown)
     advice = "Leave them out, or train again on a log that has their categories."
@@ -192,29 +305,34 @@ def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 # -- the folder
 
 
-def _write(base: Manifest, new: _New, out: Path, then: Callable[[Path], object] | None = None) -> None:
-    """Write a model with new items among its own, and so the models inside it."""
+def _write(base: Manifest, change: _Change, out: Path, then: Callable[[Path], object] | None = None) -> None:
+    """Write a model with this change, and so the models inside it."""
     inside = [Path(name).parent for name in base.files if name.endswith(f"/{MANIFEST}")]
     inside = [name for name in inside if kind_of(base.path / name) == "model"]
+    anew = {_REMOVED, *(BY_ITEM if change.renumbers else ())}
     with writing(out, "model", then) as folder:
         for name in base.files:
-            if name not in BY_ITEM and not any(Path(name).is_relative_to(part) for part in inside):
+            if name not in anew and not any(Path(name).is_relative_to(part) for part in inside):
                 (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(base.path / name, folder.path / name)
         for part in inside:
-            _write(opening(base.path / part, "model"), new, folder.path / part)
-        _write_items(base, new, folder)
+            _write(opening(base.path / part, "model"), change, folder.path / part)
+        gone = _write_items(base, change, folder) if change.renumbers else change.removed
+        if len(gone):
+            folder.save_array("removed", gone)
         folder.made_from = {"model": base.fingerprint}
         folder.facts = {"trained_from": base.made_from, **base.facts}
-        folder.facts["added"] = base.facts.get("added", 0) + len(new.category)
+        folder.facts["added"] = base.facts.get("added", 0) + len(change.new.category)
 
 
-def _write_items(base: Manifest, new: _New, folder: Folder) -> None:
-    """The files of `BY_ITEM`: items of the model and new ones, sorted by category and id."""
-    start = base.load_array("category_start")
+def _write_items(base: Manifest, change: _Change, folder: Folder) -> np.ndarray:
+    """The files of `BY_ITEM`, items sorted by category and id. Returns the new numbers of those removed."""
+    start, new = base.load_array("category_start"), change.new
     n_categories, code_nF = len(start) - 1, _codes(base, new.rows)
     items = _joined(read_arrow(base.path / "items.arrow"), new.rows)
     category = np.concatenate([np.repeat(np.arange(n_categories), np.diff(start)), new.category])
+    token_md = _moved(base, category[change.moved], change)
+    category[change.moved] = change.to
     by = [("category", "ascending"), (ITEM, "ascending")]
     keys = items.select([ITEM]).append_column("category", pa.array(category))
     order = pc.sort_indices(keys, sort_keys=by).to_numpy()
@@ -224,10 +342,22 @@ def _write_items(base: Manifest, new: _New, folder: Folder) -> None:
         pa.ipc.new_file(file, items.schema) as out,
     ):
         out.write_table(items)
-    before = np.concatenate([[0], np.cumsum(np.bincount(new.category, minlength=n_categories))])
-    folder.save_array("category_start", start + before)
+    size = np.bincount(category, minlength=n_categories)
+    folder.save_array("category_start", np.concatenate([[0], np.cumsum(size)]))
     folder.save_array("item_feature", np.concatenate([base.load_array("item_feature"), code_nF])[order])
-    _write_tokens(base.load_array("item_token"), tokens(base, new.category, code_nF), order, folder)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    new_nd = tokens(base, new.category, code_nF)
+    token_Id = _write_tokens(base.load_array("item_token"), new_nd, order, folder)
+    token_Id[place[change.moved]] = token_md
+    token_Id.flush()
+    return np.sort(place[change.removed])
+
+
+def _moved(base: Manifest, category: np.ndarray, change: _Change) -> np.ndarray:
+    """[m, d] tokens of the items that move, with the vector of the new category for that of the old."""
+    token_Cd = base.load_array("category_token")
+    return base.load_array("item_token")[change.moved] - token_Cd[category] + token_Cd[change.to]
 
 
 def _joined(old: pa.Table, new: pa.Table) -> pa.Table:
@@ -253,7 +383,7 @@ def tokens(base: Manifest, category: np.ndarray, code_nF: np.ndarray) -> np.ndar
     return out
 
 
-def _write_tokens(old: np.ndarray, new: np.ndarray, order: np.ndarray, folder: Folder) -> None:
+def _write_tokens(old: np.ndarray, new: np.ndarray, order: np.ndarray, folder: Folder) -> np.memmap:
     out = np.lib.format.open_memmap(
         folder.path / "item_token.npy", mode="w+", dtype=old.dtype, shape=(len(order), old.shape[1])
     )
@@ -262,4 +392,4 @@ def _write_tokens(old: np.ndarray, new: np.ndarray, order: np.ndarray, folder: F
         mine = rows < len(old)
         out[at : at + _CHUNK][mine] = old[rows[mine]]
         out[at : at + _CHUNK][~mine] = new[rows[~mine] - len(old)]
-    out.flush()
+    return out

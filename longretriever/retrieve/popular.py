@@ -30,7 +30,8 @@ class Popular:
     def __init__(self, store: Store, model: Model, numbers: Numbers, days: int = DAYS) -> None:
         self.model = model
         count = _counts(store, store.last_time - days * SECONDS_PER_DAY)
-        known = np.flatnonzero((count > 0) & (numbers.item >= 0))
+        there = (numbers.item >= 0) & ~np.isin(numbers.item, model.removed)
+        known = np.flatnonzero((count > 0) & there)
         item, count = numbers.item[known], count[known]
         category = model.category_of(item)
         order = np.lexsort((item, -count, category))

@@ -35,6 +35,8 @@ from longretriever.store.behaviors import Behaviors, Life, Store
 WHOLE = "whole"
 """The folder, within that of a model, of another one whose vector searches all items."""
 
+_LATELY = 20  # last behaviors, the reasons in a context without any, where the model itself reads none
+
 BATCH = 64  # users that share one call of the user tower and of the index
 
 
@@ -212,7 +214,7 @@ class Retriever:
     ) -> list[tuple[tuple[Request, Behaviors], float]]:
         """Rows of the user tower for one life, each with the behaviors that speak in it, and its share."""
         numbers, model = self.numbers.of(life.store), self.model
-        lately = numbers.known(life.sampled(max(1, model.recent_length), model.life_sample))
+        lately = numbers.known(life.sampled(model.recent_length or _LATELY, model.life_sample))
         recent, profile = numbers.behaviors(lately), numbers.profile(life.profile())
         out = []
         for category, share in contexts:
@@ -301,6 +303,7 @@ class Retriever:
         there = int(np.count_nonzero(found.item >= 0))  # the rest is padding
         item, cosine = found.item[:there], found.cosine[:there]
         if log_shares is not None:
+            log_shares = self._of_those_left(log_shares, row)
             met, places, missing = _met_among(item, self._met(row))
             if len(missing):
                 item = np.concatenate([item, missing])
@@ -316,12 +319,23 @@ class Retriever:
         return item[best], cosine[best], log_prob[best]
 
     def _met(self, row: Request) -> np.ndarray:
-        """[n] the items of the row's behaviors; -1 for one that was of another category in training."""
+        """[n] the items of the row's behaviors; -1 for one removed, or of another category in training."""
         met = row.behaviors.item
+        if len(self.model.removed):
+            met = np.where(np.isin(met, self.model.removed), -1, met)
         if row.category == CORPUS:
             return met
         low, high = self.model.category_start[row.category : row.category + 2]
         return np.where((low <= met) & (met < high), met, -1)
+
+    def _of_those_left(self, log_shares: np.ndarray, row: Request) -> np.ndarray:
+        """With the shares of items removed given to all others: nobody can return to those."""
+        if not len(self.model.removed):
+            return log_shares
+        items = row.behaviors.item
+        left = np.zeros(len(log_shares), bool)  # as what pads it stays
+        left[: 1 + len(items)] = np.append(True, ~np.isin(items, self.model.removed))
+        return np.where(left, log_shares - np.logaddexp.reduce(log_shares[left]), -np.inf)
 
     def _unwanted(self, rows: list[Request], lives: Sequence[Life], ruled: Ruled) -> list[np.ndarray]:
         """For each row, item numbers of its category that must not come back."""
@@ -499,7 +513,7 @@ def _met_among(item: np.ndarray, met: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _opened(model: Model, index: str | os.PathLike[str], exact: bool, verify: bool) -> Index | ExactIndex:
     if exact:
-        return ExactIndex(model.item_vectors(slice(None)), model.category_start)
+        return ExactIndex(model.item_vectors(slice(None)), model.category_start, model.removed)
     opened = Index.open(index, verify)
     if opened.manifest.made_from.get("model") != model.fingerprint:
         raise Mismatch(

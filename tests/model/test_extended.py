@@ -1,4 +1,4 @@
-"""New items get the numbers that ingest would give them, and vectors made of what is known of them."""
+"""New items get the numbers that ingest would give them and vectors of what is known; others move and go."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from longretriever.errors import Damaged, EventsError, InputError, Mismatch, NotSaved, UnknownCategory
 from longretriever.model.config import EbrConfig, PginConfig, TrainConfig
 from longretriever.model.exported import Model
-from longretriever.model.extended import Added, extend
+from longretriever.model.extended import Added, extend, remove
 from longretriever.model.train import train
 from longretriever.saved import MANIFEST, opening
 from longretriever.store.behaviors import Store
@@ -26,6 +26,7 @@ from tests.worlds import parity_items, parity_log
 ALL = np.arange(36)  # 12 in each of 3 categories
 NEW = ALL[ALL % 12 >= 8]  # of each category, two of either parity
 OLD = ALL[ALL % 12 < 8]
+OLD_ROWS = parity_items(OLD).to_pylist()
 SHORT = {"dim": 8, "step_samples": 200, "epochs": 1, "warm_start": False}
 TINY = TrainConfig(
     **SHORT,
@@ -234,6 +235,9 @@ def test_what_became_of_the_rows_is_said(place, tmp_path):
         rows={"read": 5, "duplicate": 1, "conflicting": 1},
         added=2,
         already=1,
+        back=0,
+        elsewhere=0,
+        moved=0,
         categories={0: 1, 1: 1},
         features={
             "kind": {"known": 2, "unknown": 0, "missing": 0},
@@ -337,7 +341,7 @@ def test_no_model_or_a_damaged_one(place, trained, tmp_path):
 
 def test_of_two_at_a_time_the_second_is_told(place):
     path, other = place(), parity_items(NEW[:2])
-    with pytest.raises(Mismatch, match=r"was replaced while items were being added\. Add them again"):
+    with pytest.raises(Mismatch, match=r"was replaced while its items were being changed\. Change"):
         extend(path, parity_items(NEW), then=lambda made: extend(path, other))
     assert Model.open(path, verify=True).n_items == 26
     extend(path, parity_items(NEW))
@@ -351,3 +355,100 @@ def test_a_link_and_a_file_of_items(place, tmp_path):
     extend(tmp_path / "link", [tmp_path / "items.parquet"])
     assert (tmp_path / "link").is_symlink()
     assert Model.open(path).n_items == 36
+
+
+# -- items that move
+
+
+def test_an_item_moves_to_the_category_that_it_has_here(place, trained, tmp_path):
+    moving = {4: 2, 13: 0, 30: 1}
+    rows = [{**row, "category_id": moving.get(row["item_id"], row["category_id"])} for row in OLD_ROWS]
+    path = place()
+    added = extend(path, pa.Table.from_pylist(rows), move=True)
+    assert (added.added, added.already, added.moved, added.elsewhere) == (0, len(OLD), 3, 0)
+    ingest(log_of(OLD), tmp_path / "moved", items=pa.Table.from_pylist(rows))
+    store = Store.open(tmp_path / "moved")
+    for inside in (".", "whole"):
+        old, model = Model.open(trained / "model" / inside), Model.open(path / inside, verify=True)
+        assert model.items.equals(store.items)
+        assert model.category_start.tolist() == store.category_start.tolist()
+        assert np.array_equal(model.manifest.load_array("item_feature"), store.item_feature)
+        for item in OLD.tolist():
+            before = old.item_token[old.item_ids.number_of(item)]
+            after = model.item_token[model.item_ids.number_of(item)]
+            if item in moving:
+                before = before - old.category_token[item // 12] + old.category_token[moving[item]]
+            assert np.array_equal(after, before)
+
+
+def test_an_item_stays_unless_it_is_said_to_move(place, trained):
+    path, there = place(), pa.table({"item_id": [4, 5, 6], "category_id": [2, 0, None]})
+    added = extend(path, there)
+    assert (added.already, added.moved, added.elsewhere) == (3, 0, 1)
+    assert opening(path, "model").fingerprint == opening(trained / "model", "model").fingerprint
+    assert extend(path, there, move=True).moved == 1
+    assert extend(path, there, move=True).moved == 0, "it is there now"
+    assert extend(path, pa.table({"item_id": [4], "category_id": [0]}), move=True).moved == 1
+    assert Model.open(path).items.equals(Model.open(trained / "model").items)
+
+
+def test_no_item_moves_to_a_category_that_the_model_does_not_have(place, trained):
+    path = place()
+    with pytest.raises(UnknownCategory, match=r"1 of 2 .*such as 5 \(category 77\)"):
+        extend(path, pa.table({"item_id": [4, 5], "category_id": [2, 77]}), move=True)
+    assert opening(path, "model").fingerprint == opening(trained / "model", "model").fingerprint
+    assert extend(path, pa.table({"item_id": [4, 5], "category_id": [2, 77]})).elsewhere == 2
+
+
+# -- items that go
+
+
+def ids(path: Path) -> list[int]:
+    model = Model.open(path, verify=True)
+    return sorted(model.item_ids.take(model.removed))
+
+
+def test_items_go_come_back_and_keep_their_places_in_between(place, trained):
+    path = place()
+    gone = remove(path, pa.table({"item_id": [25, 3, 3, 12, 999]}))
+    assert (gone.removed, gone.already, gone.unknown, gone.left) == (3, 0, 1, len(OLD) - 3)
+    assert gone.rows["duplicate"] == 1
+    assert ids(path) == ids(path / "whole") == [3, 12, 25]
+    again = remove(path, pa.table({"item_id": [3, 4]}))
+    assert (again.removed, again.already) == (1, 1)
+    added = extend(path, pa.concat_tables([parity_items(NEW), parity_items(np.array([12]))]))
+    assert (added.added, added.already, added.back) == (len(NEW), 1, 1)
+    assert ids(path) == ids(path / "whole") == [3, 4, 25], "under their new numbers"
+    assert extend(path, pa.table({"item_id": [4], "category_id": [1]}), move=True).back == 1
+    assert ids(path) == [3, 25]
+    assert extend(path, parity_items(OLD)).back == 2
+    assert "removed.npy" not in opening(path, "model").files
+    assert np.array_equal(Model.open(path).category_token, Model.open(trained / "model").category_token)
+
+
+def test_nothing_changes_where_nothing_goes(place):
+    path = place()
+    before = opening(path, "model").fingerprint
+    assert remove(path, pa.table({"item_id": [999]})).unknown == 1
+    assert opening(path, "model").fingerprint == before
+    remove(path, pa.table({"item_id": [3]}))
+    before = opening(path, "model").fingerprint
+    assert remove(path, pa.table({"item_id": [3]})).already == 1
+    assert opening(path, "model").fingerprint == before
+
+
+def test_what_cannot_be_removed(place, tmp_path):
+    path = place()
+    before = opening(path, "model").fingerprint
+    with pytest.raises(InputError, match=r"All items of .* would be removed; nothing was"):
+        remove(path, parity_items(OLD))
+    with pytest.raises(EventsError, match="no column item_id"):
+        remove(path, pa.table({"thing": [3]}))
+    with pytest.raises(EventsError, match="1 of 2 rows of the items cannot be used"):
+        remove(path, pa.table({"item_id": [3, None]}))
+    with pytest.raises(InputError, match="'x' is not an integer"):
+        remove(path, pa.table({"item_id": ["x"]}))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(EventsError, match=r"broken\.parquet"):
+        remove(path, tmp_path / "broken.parquet")
+    assert opening(path, "model").fingerprint == before

@@ -20,9 +20,10 @@ from longretriever.index import ExactIndex, Index
 from longretriever.model.config import EbrConfig, TrainConfig
 from longretriever.model.exported import Model
 from longretriever.model.train import train
-from longretriever.retrieve.added import add_items
+from longretriever.retrieve.added import add_items, remove_items
 from longretriever.retrieve.indexing import index_model
 from longretriever.retrieve.interests import Top
+from longretriever.retrieve.popular import Popular
 from longretriever.retrieve.retriever import Retriever
 from longretriever.retrieve.rules import Rules
 from longretriever.saved import opening
@@ -185,6 +186,82 @@ def test_where_nothing_is_new_a_missing_index_is_made(model):
     assert len(Retriever.load(model).retrieve(3, 100)) == 24
 
 
+# -- items that go, and move
+
+
+def every_item(path: Path, **options: object) -> list[set[int]]:
+    retriever = Retriever.load(path, **options)
+    return [set(retriever.retrieve(user, 100).item_ids) for user in range(0, 60, 7)]
+
+
+def test_what_is_removed_is_nobodys_candidate_however_asked(model):
+    """Though they have met it: neither the index finds it, nor what brings back items met, nor the scan."""
+    gone = [3, 12, 13, 26]
+    met = set(LOG_OF_OLD["item_id"].to_pylist())
+    assert set(gone) <= met
+    found = remove_items(model, pa.table({"item_id": gone}))
+    assert (found.removed, found.left) == (4, 20)
+    left = set(OLD.tolist()) - set(gone)
+    for options in ({}, {"exact": True}, {"interests": Top(3)}):
+        assert all(answer == left for answer in every_item(model, **options)), options
+    retriever, reasons = Retriever.load(model, interests=Top(3)), set()
+    for user in range(60):
+        answer = retriever.retrieve(user, 100)
+        total = np.bincount(answer.source, np.exp([c.log_prob for c in answer.candidates]))
+        assert (total < 1.02).all()
+        reasons |= {r.item_id for c in answer.candidates for r in c.reasons}
+    assert reasons & set(gone), "they still speak for others"
+
+
+def test_probabilities_are_over_what_is_left(model):
+    remove_items(model, pa.table({"item_id": [3, 12, 13, 26]}))
+    loaded = Model.open(model)
+    exact = ExactIndex(loaded.item_vectors(slice(None)), loaded.category_start, loaded.removed)
+    store = Store.open(loaded.manifest.facts["store_path"])
+    for retriever in (
+        Retriever(loaded, exact, store, interests=Top(3)),
+        Retriever(loaded, Index.open(model / "index"), store, interests=Top(3)),
+    ):
+        for user in range(0, 60, 9):
+            answer = retriever.retrieve(user, 1000)
+            total = np.bincount(answer.source, np.exp([c.log_prob for c in answer.candidates]))
+            np.testing.assert_allclose(total, 1, atol=0.01)
+
+
+def test_who_is_unknown_gets_nothing_removed_either(model):
+    retriever = Retriever.load(model)
+    before = Popular(retriever.store, retriever.model, retriever.numbers)
+    most = before.answer(retriever.store.life(0, None), 5).item_ids[0]
+    remove_items(model, pa.table({"item_id": [most]}))
+    retriever = Retriever.load(model)
+    after = Popular(retriever.store, retriever.model, retriever.numbers)
+    assert most not in after.answer(retriever.store.life(0, None), 1000).item_ids
+
+
+def test_what_comes_back_is_found_as_before(model, trained):
+    before = every_item(model)
+    remove_items(model, pa.table({"item_id": [3, 12]}))
+    assert add_items(model, parity_items(np.array([3, 12]))).back == 2
+    assert every_item(model) == before
+    old, new = (opening(path / "index" / ".", "index") for path in (trained / "model", model))
+    assert old.files["lists.faiss"] == new.files["lists.faiss"]
+
+
+def test_an_index_made_again_leaves_out_the_same(model):
+    remove_items(model, pa.table({"item_id": [3, 12]}))
+    index_model(model)
+    assert all(answer == set(OLD.tolist()) - {3, 12} for answer in every_item(model))
+
+
+def test_what_has_moved_is_found_where_it_is_now(model):
+    add_items(model, pa.table({"item_id": [3, 4], "category_id": [1, 1]}), move=True)
+    only = Rules(include_categories=[1])
+    for options in ({}, {"exact": True}):
+        answer = Retriever.load(model, **options).retrieve(8, 100, rules=only)
+        assert {3, 4} <= {c.item_id for c in answer.candidates if c.category_id == 1}
+    assert all(answer == set(OLD.tolist()) for answer in every_item(model))
+
+
 # -- while it is served, and when it is killed
 
 SERVES = """
@@ -240,6 +317,18 @@ def test_killed_at_any_moment_the_old_one_stays(model, trained, moment):
     assert len(Retriever.load(model, verify=True).retrieve(3, 100)) == 24
     assert add_items(model, trained / "new.parquet").added == 12
     assert len(Retriever.load(model, verify=True).retrieve(3, 100)) == 36
+
+
+@pytest.mark.parametrize("moment", ["model.extended._write", "retrieve.indexing.build", "saved._exchange"])
+def test_killed_while_items_go_all_are_still_found(model, moment):
+    program = KILLED.replace("add_items", "remove_items")
+    (model.parent / "gone.csv").write_text("item_id\n3\n12\n")
+    words = [str(model), str(model.parent / "gone.csv"), f"longretriever.{moment}"]
+    killed = subprocess.run([sys.executable, "-c", program, *words], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(Retriever.load(model, verify=True).retrieve(3, 100)) == 24
+    assert remove_items(model, model.parent / "gone.csv").removed == 2
+    assert len(Retriever.load(model, verify=True).retrieve(3, 100)) == 22
 
 
 def test_an_error_while_indexing_leaves_the_old_one(model, trained, monkeypatch):
