@@ -378,11 +378,16 @@ def retrieve(
     index: Annotated[Path | None, typer.Option(help="An index other than MODEL/index.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Scan all items instead of using an index.")] = False,
     most: Annotated[int, typer.Option("--show", min=1, help="Candidates to print; --json prints all.")] = 20,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes for --all-users. Default: one for each processor."),
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of the user tower.")] = 1,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Candidates for a user, each with the behaviors that spoke for it; or for all users, to a file."""
+    from longretriever.retrieve.bulk import cores
     from longretriever.retrieve.retriever import Retriever
 
     if (user is None) == (not all_users):
@@ -414,7 +419,8 @@ def retrieve(
     everyone = retriever.store.user_ids
     with bar("users", len(everyone)) as advance:
         ids = (value.as_py() for value in everyone.values)
-        rows = retriever.write(ids, path, k, now=now, seed=seed, rules=rules, progress=advance)
+        every = workers or cores()
+        rows = retriever.write(ids, path, k, now=now, seed=seed, rules=rules, workers=every, progress=advance)
     show({"path": str(path), "users": len(everyone), "rows": rows}, as_json)
 
 

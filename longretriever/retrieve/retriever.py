@@ -11,17 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
 
 from longretriever.errors import InputError, Mismatch, NotSaved
-from longretriever.events import CATEGORY, ITEM, LATEST, USER
+from longretriever.events import LATEST
 from longretriever.index import CORPUS, ExactIndex, Index
 from longretriever.model.exported import Model, Request
 from longretriever.retrieve.interests import INTERESTS, Contexts, Interests, Pgin, RandomInTop
@@ -29,7 +24,6 @@ from longretriever.retrieve.merge import MERGES, Merge, Ranked
 from longretriever.retrieve.numbers import Numbers
 from longretriever.retrieve.retrieval import Asked, Retrieval
 from longretriever.retrieve.rules import Ruled, Rules
-from longretriever.saved import beside, sync
 from longretriever.store.behaviors import Behaviors, Life, Store
 
 WHOLE = "whole"
@@ -75,6 +69,7 @@ class Retriever:
         merge: Merge | None = None,
     ) -> None:
         self.model, self.index, self.store = model, index, store
+        self.loaded: dict[str, Any] | None = None  # arguments of `load`, for another process to do the same
         self._of_contexts = self._of_all = Searched(model, index)
         if whole is not None:
             self._of_all = whole
@@ -113,7 +108,10 @@ class Retriever:
         if (model.path / WHOLE).exists():
             of_all = Model.open(model.path / WHOLE, verify, threads)
             whole = Searched(of_all, _opened(of_all, of_all.path / "index", exact, verify))
-        return cls(model, opened, behaviors, whole=whole, interests=interests, merge=merge)
+        made = cls(model, opened, behaviors, whole=whole, interests=interests, merge=merge)
+        made.loaded = {"path": path, "store": store, "index": index, "exact": exact}
+        made.loaded |= {"interests": interests, "merge": merge}
+        return made
 
     def retrieve(
         self,
@@ -388,53 +386,18 @@ class Retriever:
         now: float | None = None,
         seed: int = 0,
         rules: Rules = Rules(),
+        workers: int = 1,
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Candidates of many users to a Parquet file: user_id, rank, item_id, category_id, score.
 
-        Returns the number of rows. The file appears only when it is complete.
+        Returns the number of rows. The file appears only when it is complete, and is the same however many
+        `workers`, processes that each open the model (as `load` did; a program that asks for several must
+        start below `if __name__ == "__main__"`). `progress` is told how many users are done.
         """
-        target = Path(out)
-        partial = beside(target, "partial")
-        schema = pa.schema(
-            [
-                (USER, self.store.user_ids.values.type),
-                ("rank", pa.int32()),
-                (ITEM, self.model.items[ITEM].type),
-                (CATEGORY, self.model.category_ids.values.type),
-                ("score", pa.float32()),
-            ]
-        )
-        rows = 0
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                answers = self.retrieve_many(user_ids, k, now=now, seed=seed, rules=rules, progress=progress)
-                for table in self._tables(answers, schema):
-                    writer.write_table(table)
-                    rows += len(table)
-            sync(partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return rows
+        from longretriever.retrieve.bulk import Asking, write
 
-    def _tables(self, answers: Iterator[Retrieval], schema: pa.Schema) -> Iterator[pa.Table]:
-        while group := list(islice(answers, 16 * BATCH)):
-            length = [len(a) for a in group]
-            user = self.store.user_ids.values.take(pa.array(np.repeat([a._life.user for a in group], length)))
-            item = np.concatenate([a.item for a in group])
-            category = self.model.category_of(item)
-            yield pa.table(
-                [
-                    user,
-                    np.concatenate([np.arange(1, n + 1, dtype=np.int32) for n in length]),
-                    self.model.items[ITEM].take(pa.array(item)).combine_chunks(),
-                    self.model.category_ids.values.take(pa.array(category)),
-                    np.concatenate([a.score for a in group]).astype(np.float32),
-                ],
-                schema=schema,
-            )
+        return write(self, user_ids, out, Asking(k, now, seed, rules), workers, progress)
 
     def context_vectors(self, lives: Sequence[Life], category: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n, D] the user vector of each life in one context each, and [n] whether there is a behavior in it.

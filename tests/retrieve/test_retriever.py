@@ -31,6 +31,7 @@ from longretriever.model.checkpoint import save_model
 from longretriever.model.config import EbrConfig, TrainConfig
 from longretriever.model.exported import Model, Request
 from longretriever.model.train import Training, train
+from longretriever.retrieve import bulk
 from longretriever.retrieve.indexing import index_model
 from longretriever.retrieve.interests import Contexts, RandomInTop, Top
 from longretriever.retrieve.merge import Merged, probability, round_robin
@@ -1035,6 +1036,28 @@ def test_a_file_for_everyone(retriever, tmp_path, monkeypatch):
     assert rows["score"].to_pylist() == pytest.approx(wanted.pop("score"), abs=1e-4)
     for name, values in wanted.items():
         assert rows[name].to_pylist() == values
+
+
+def test_several_processes_write_the_same_file(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk, "PIECE", 7)
+    asked = Retriever.load(folder / "model", interests=RandomInTop(2, 3))
+    users, told = [*range(USERS), 2], []
+    options = {"seed": 3, "rules": Rules(exclude_seen=True)}
+    asked.write(users, tmp_path / "one", 7, **options)
+    asked.write(users, tmp_path / "two", 7, **options, workers=2, progress=told.append)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert told == [*range(7, len(users), 7), len(users)]
+    with pytest.raises(UnknownUser, match="12345"):
+        asked.write([*range(9), 12345], tmp_path / "two", 7, workers=2)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_processes_need_folders_to_open(retriever, tmp_path):
+    made = Retriever(retriever.model, retriever.index, retriever.store)
+    with pytest.raises(InputError, match=r"workers above 1 need a retriever of `Retriever\.load`"):
+        made.write([1], tmp_path / "all", workers=2)
+    with pytest.raises(InputError, match="workers=0, expected at least 1"):
+        retriever.write([1], tmp_path / "all", workers=0)
 
 
 def test_nobody_to_a_file(retriever, tmp_path):
