@@ -297,7 +297,9 @@ def _one_row_each(con: Any, source: Source, key: str, types: Mapping[str, str]) 
         **{column: as_key(source, column, types[column]) for column in keys},
         **{column: as_feature(source, column) for column in others},
     )
-    rows = rows.filter(rows[key].notnull())
+    rows = keep(con, rows.filter(rows[key].notnull()))
+    if _number_of(rows.count()) == _number_of(rows[key].nunique()):  # the usual file
+        return _Each(rows, tuple(others), {"duplicate": 0, "conflicting": 0})
     distinct = keep(con, rows.group_by(list(rows.columns)).agg(**{_COPIES: rows.count()}))
     order = [distinct[keys[-1]].isnull(), ibis.desc(distinct[_COPIES]), *(distinct[c] for c in rows.columns)]
     ranked = distinct.mutate(rank=ibis.row_number().over(group_by=distinct[key], order_by=order))

@@ -93,7 +93,10 @@ class Log:
     @property
     def kept(self) -> Any:
         """Rows that can be used: the EVENT_COLUMNS, times in seconds, `behavior` null where not given."""
-        return self.rows.filter(self.rows.reason.isnull()).select(*EVENT_COLUMNS)
+        rows = self.rows
+        if self.rejected.keys() - {BROKEN}:  # else nothing need be judged again, row by row
+            rows = rows.filter(rows.reason.isnull())
+        return rows.select(*EVENT_COLUMNS)
 
 
 @contextmanager
