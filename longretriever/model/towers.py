@@ -146,19 +146,19 @@ class Encoder(nn.Module):
         `behavior_Td` are the tokens of all behaviors, row after row, padding included.
         """
         first = np.cumsum([1, *(table.num_embeddings for table in self.profile)])  # CLS, fields, behaviors
-        what, kind, place, shapes = [], [], [], []
+        what, mark, shapes, kinds = [], [], [], len(self.token_type.weight)
         done = int(first[-1])
         for b in step.buckets:
             B, N = b.item.shape
             behavior = np.arange(done, done + B * N).reshape(B, N)
             what.append(np.c_[np.zeros(B, np.int64), b.profile + first[:-1], behavior].ravel())
-            kind.append(np.c_[np.tile(np.arange(self.prefix), (B, 1)), b.kind + self.prefix].ravel())
-            place.append(np.tile(np.arange(self.prefix + N), B))
+            kind = np.c_[np.tile(np.arange(self.prefix), (B, 1)), b.kind + self.prefix]
+            mark.append((np.arange(self.prefix + N) * kinds + kind).ravel())
             shapes.append((B, self.prefix + N))
             done += B * N
         table_Vd = torch.cat([self.cls[None], *self.profile.parameters(), behavior_Td])
-        x_Td = F.embedding(_joined(what), table_Vd) + self.token_type(_joined(kind))
-        x_Td = x_Td + F.embedding(_joined(place), self.position)
+        marks = self.position[:, None] + self.token_type.weight  # one look-up for both
+        x_Td = F.embedding(_joined(what), table_Vd) + F.embedding(_joined(mark), marks.flatten(0, 1))
         return self.states(x_Td, shapes, [torch.from_numpy(b.length) for b in step.buckets], generator)
 
     def bags_of_step(self, behavior_Td: Tensor, step: Step) -> Tensor | None:
@@ -330,7 +330,10 @@ class Pointer(nn.Module):
     def forward(
         self, hidden_Sd: Tensor, key_SNk: Tensor, back_SN: Tensor, age_SN: Tensor, known_SN: Tensor
     ) -> Tensor:
-        """[S, 1 + N] log shares, which sum to 1 as probabilities: of all items, then of each behavior."""
+        """[S, 1 + N] log shares, which sum to 1 as probabilities: of all items, then of each behavior.
+
+        `back_SN` may be [N], if it is the same for all.
+        """
         query_Sk = self.query(hidden_Sd) / math.sqrt(_POINTER)
         logit_SN = torch.bmm(key_SNk, query_Sk[:, :, None])[..., 0]
         logit_SN = logit_SN + self.by_rank[back_SN.clamp(min=0)] + self.by_age[age_SN]
@@ -395,7 +398,7 @@ class LongRetriever(Learner):
         return self.user.pointer(
             hidden_Sd,
             F.embedding(torch.from_numpy(step.past), key_Tk),
-            back_N.expand(step.samples, -1),
+            back_N,
             torch.from_numpy(step.past_age),
             back_N < torch.from_numpy(step.past_count)[:, None],
         )

@@ -216,8 +216,9 @@ def tastes_log(users=40, mixed=4, items=12, visits=24, seed=0):
 
 
 TASTES = MindConfig(
-    dim=8, length=16, capsules=2, step_samples=64, epochs=20, validation=0.0, warm_start=False
+    dim=8, length=16, capsules=2, step_samples=64, epochs=20, validation=0.0, warm_start=False, seed=3
 )
+"""On so small a log routing depends on where it starts: of the seeds 0 to 3, number 1 collapses."""
 
 
 def nearness(path, store):
