@@ -34,6 +34,7 @@ LARGE = 8
 CORPUS = -1
 """As a context: items of all categories."""
 
+_WIDTHS = np.array([16, 32, 64, 128, 256])  # results: categories that hold up to each are searched together
 _CHUNK = 1 << 16  # items: 16 MB of 64-dimensional float32
 CLUSTERS = "clusters.faiss"
 _LISTS = "lists.faiss"
@@ -112,7 +113,9 @@ class Index:
         # How many lists a search visits is a property of the opened file, so there is one for each number.
         self._faiss, self._all = _read_lists(manifest), _read_lists(manifest)
         self._all.nprobe = self.n_categories
-        self._lists = faiss.downcast_InvertedLists(self._faiss.invlists)
+        lists = faiss.downcast_InvertedLists(self._faiss.invlists)
+        sizes = [*map(lists.list_size, range(self.n_categories)), self._faiss.ntotal]
+        self._sizes = np.array(sizes)  # [C+1] of each category; the last, where CORPUS looks, of all items
         self._clusters = _read_clusters(manifest)
         self.dimension: int = self._faiss.d
 
@@ -142,18 +145,24 @@ class Index:
         )
         if len(user_ND) == 0:
             return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
-        cosine_Nk = np.empty((len(user_ND), k), np.float32)
-        item_Nk = np.empty((len(user_ND), k), np.int64)
+        cosine_Nk = np.full((len(user_ND), k), -np.inf, np.float32)
+        item_Nk = np.full((len(user_ND), k), -1, np.int64)
+        for rows, width in self._alike(context_N, k):
+            found = self._faiss.search_preassigned(user_ND[rows], width, context_N[rows, None], None)
+            cosine_Nk[rows, :width], item_Nk[rows, :width] = _in_order(*found)
         whole_N = context_N == CORPUS
-        if not whole_N.all():
-            cosine_Nk[~whole_N], item_Nk[~whole_N] = self._faiss.search_preassigned(
-                user_ND[~whole_N], k, context_N[~whole_N, None], None
-            )
         if whole_N.any():
-            item_Nk[whole_N], cosine_Nk[whole_N] = self._search_all(user_ND[whole_N], k, without)
-        cosine_Nk[item_Nk < 0] = -np.inf
-        _order_ties(item_Nk, cosine_Nk)
+            item, cosine = self._search_all(user_ND[whole_N], k, without)
+            cosine_Nk[whole_N], item_Nk[whole_N] = _in_order(cosine, item)
         return item_Nk, cosine_Nk
+
+    def _alike(self, context_N: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Rows that search one category, by how many results it can give: FAISS sorts room for k anyhow."""
+        bucket_N = np.searchsorted(_WIDTHS, np.minimum(self._sizes[context_N], k))
+        bucket_N[context_N == CORPUS] = -1
+        for bucket in np.unique(bucket_N[bucket_N >= 0]):
+            width = min([k, *_WIDTHS[bucket : bucket + 1].tolist()])
+            yield np.flatnonzero(bucket_N == bucket), width
 
     def _search_all(
         self, user_ND: np.ndarray, k: int, without: Sequence[int]
@@ -188,22 +197,25 @@ class Index:
         user_ND, context_N = _checked_queries(
             user_vectors_ND, contexts_N, k, self.dimension, self.n_categories
         )
-        scale_N = np.broadcast_to(scale, len(user_ND))
-        rows = zip(user_ND, context_N, scale_N, np.asarray(items_Nk), np.asarray(cosine_Nk), strict=True)
-        return np.array([self._log_sum(*row) for row in rows])
+        item_Nk, cosine_Nk = np.asarray(items_Nk), np.asarray(cosine_Nk)
+        scale_N, there_N = np.broadcast_to(scale, len(user_ND)), (item_Nk >= 0).sum(axis=1)
+        all_N = there_N == self._sizes[context_N]  # nothing of the category is missing
+        log_sum_N = np.empty(len(user_ND))
+        widest = int(there_N[all_N].max(initial=0))
+        log_sum_N[all_N] = _log_sums(scale_N[all_N], cosine_Nk[all_N, :widest])
+        for n in np.flatnonzero(~all_N):
+            log_sum_N[n] = self._log_sum(user_ND[n], context_N[n], scale_N[n], item_Nk[n], cosine_Nk[n])
+        return log_sum_N
 
     def _log_sum(
         self, user_D: np.ndarray, category: int, scale: float, item_k: np.ndarray, cosine_k: np.ndarray
     ) -> float:
+        """Of one context of which there is more than was fetched."""
         fetched, cosine = item_k[item_k >= 0], cosine_k[item_k >= 0]
-        size, at = self._faiss.ntotal, self.n_categories  # of the whole corpus
-        if category != CORPUS:
-            size, at = self._lists.list_size(int(category)), category
+        size, at = int(self._sizes[category]), self.n_categories if category == CORPUS else category
         sample = slice(*self.sample_start[at : at + 2])  # empty unless there are many items
         if len(fetched) < size and sample.start == sample.stop:
             cosine = self._all_cosines(user_D, category)
-        if len(cosine) == 0:
-            return -np.inf
         best = float(cosine.max())
         total = _sum_exp(scale, cosine, best)
         if len(cosine) < size:
@@ -460,20 +472,30 @@ def _checked_queries(
     return user_ND, context_N
 
 
+def _log_sums(scale_n: np.ndarray, cosine_nk: np.ndarray) -> np.ndarray:
+    """[n] log of the sum of exp(scale * cosine) of each row; -inf pads it, and is the sum of none."""
+    best_n1 = cosine_nk.max(axis=1, keepdims=True, initial=-1.0).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return scale_n * best_n1[:, 0] + np.log(np.exp(scale_n[:, None] * (cosine_nk - best_n1)).sum(axis=1))
+
+
 def _sum_exp(scale: float, cosine: np.ndarray, best: float) -> float:
     return float(np.exp(scale * (cosine.astype(np.float64) - best)).sum())
 
 
-def _order_ties(item_Nk: np.ndarray, cosine_Nk: np.ndarray) -> None:
-    """Sort items of equal cosine by number, in place."""
+def _in_order(cosine_nk: np.ndarray, item_nk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What FAISS found, with items of equal cosine sorted by number, and -inf where there is none."""
+    cosine_nk[item_nk < 0] = -np.inf
     tied = np.zeros(
-        (len(item_Nk), item_Nk.shape[1] + 1), np.int8
-    )  # with the one before; nothing before the first
-    tied[:, 1:-1] = (cosine_Nk[:, 1:] == cosine_Nk[:, :-1]) & (item_Nk[:, 1:] >= 0)
-    change = np.diff(tied, axis=1)
-    starts, ends = np.nonzero(change == 1), np.nonzero(change == -1)
-    for row, start, end in zip(*starts, ends[1], strict=True):  # runs are few and short
-        item_Nk[row, start : end + 1].sort()
+        (len(item_nk), item_nk.shape[1] + 1), np.int8
+    )  # with the one before; none before the first
+    tied[:, 1:-1] = (cosine_nk[:, 1:] == cosine_nk[:, :-1]) & (item_nk[:, 1:] >= 0)
+    if tied.any():
+        change = np.diff(tied, axis=1)
+        starts, ends = np.nonzero(change == 1), np.nonzero(change == -1)
+        for row, start, end in zip(*starts, ends[1], strict=True):  # runs are few and short
+            item_nk[row, start : end + 1].sort()
+    return cosine_nk, item_nk
 
 
 def _not_in(sorted_items: np.ndarray, items: np.ndarray) -> np.ndarray:
