@@ -1,7 +1,8 @@
 # make demo   the main job end to end, on a simulated log
 # make test   the test suite
 # make check  lint, format, types, import direction
-# make bench  the benchmarks, small; each has options for the sizes in docs/log.md
+# make bench  the benchmarks, small, and peers in environments of their own; plots in bench-results/. An hour.
+#             Each has options for the sizes in docs/log.md
 # make bench-quick  their ratios beside those of the last times, under 5 minutes
 # All set up .venv first; nothing else is needed but Python 3.11 or newer.
 
@@ -27,6 +28,9 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/serving.py --events 1000000 --users 200 --items 200000 --categories 1000
+	$(BIN)/python benchmarks/bulk.py
+	$(BIN)/python benchmarks/peers.py --work bench-results --plot bench-results/training.svg
+	$(BIN)/python benchmarks/index_peers.py --items 200000 --categories 500 --work bench-results --plot bench-results/index.svg
 
 bench-quick: .venv/ready
 	$(BIN)/python benchmarks/regressions.py
@@ -41,4 +45,4 @@ bench-quick: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv bench-results demo build dist *.egg-info

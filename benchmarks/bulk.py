@@ -1,11 +1,12 @@
 """How fast are all users answered, to Parquet, and how much of that is the search itself?
 
-    python benchmarks/bulk.py MODEL [--users 20000] [--workers 2] [--turns 3] [--json]
+    python benchmarks/bulk.py [MODEL] [--users 20000] [--workers 2] [--turns 3] [--json]
 
-The model's users (the first so many) get k = 500 candidates each, written to a Parquet file by `--workers`
-processes: what `retrieve --all-users` does. Beside it, in turn with it, FAISS alone: the very searches
-that those requests make (one for each context, one of all items), all vectors at hand, many in a call, on as
-many threads, nothing kept. "of it" is the share of our time that FAISS alone takes. Medians of the turns.
+Without a model, one of a generated log of a million events is made, learned for a moment. Its users (the
+first so many) get k = 500 candidates each, written to a Parquet file by `--workers` processes: what the
+command `retrieve --all-users` does. Beside it, in turn with it, FAISS alone: the very searches that those
+requests make (one for each context, one of all items), all vectors at hand, many in a call, on as many
+threads, nothing kept. "of it" is the share of our time that FAISS alone takes. Medians of the turns.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from longretriever import Retriever
+from longretriever import Retriever, Store, TrainConfig, index_model, ingest, train
 from longretriever.index import CORPUS, Index
+from longretriever.market import Market, MarketConfig
 from longretriever.retrieve.bulk import cores
 from longretriever.retrieve.retriever import BATCH
 
@@ -71,13 +73,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    retriever = Retriever.load(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        report, items = _measured(args.model or _made(Path(folder)), args, Path(folder) / "all.parquet")
+    print(json.dumps(report, indent=1)) if args.json else Console().print(_table(report, args, items))
+
+
+def _made(folder: Path) -> Path:
+    log = folder / "log"
+    Market(MarketConfig.of_size(1_000_000)).write(log)
+    ingest(log / "events.parquet", folder / "store", items=log / "items.parquet", users=log / "users.parquet")
+    train(Store.open(folder / "store"), folder / "model", TrainConfig(minutes=0.5))
+    index_model(folder / "model")
+    return folder / "model"
+
+
+def _measured(model: Path, args: argparse.Namespace, file: Path) -> tuple[dict[str, float], int]:
+    """The figures, and how many items the model has."""
+    retriever = Retriever.load(model)
     users = retriever.store.user_ids.values[: args.users].to_pylist()
     sample = users[: 16 * BATCH]
     searches = [_Searches(index) for index in _indexes(retriever)]
@@ -86,19 +104,17 @@ def main() -> None:
     for one in searches:
         one.index.search = one._search
     turns: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.turns):
-            faiss.omp_set_num_threads(args.workers)
-            alone = sum(one.alone() for one in searches) / len(sample)
-            start = time.perf_counter()
-            file = Path(folder) / "all.parquet"
-            rows = retriever.write(users, file, K, workers=args.workers)
-            seconds = time.perf_counter() - start
-            turns.append({"ours": len(users) / seconds, "faiss": 1 / alone, "mb": file.stat().st_size / 1e6})
+    for _ in range(args.turns):
+        faiss.omp_set_num_threads(args.workers)
+        alone = sum(one.alone() for one in searches) / len(sample)
+        start = time.perf_counter()
+        rows = retriever.write(users, file, K, workers=args.workers)
+        seconds = time.perf_counter() - start
+        turns.append({"ours": len(users) / seconds, "faiss": 1 / alone, "mb": file.stat().st_size / 1e6})
     report = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
     report |= {"of_it": report["ours"] / report["faiss"], "users": len(users), "rows": rows}
     report |= {"searches_of_a_user": sum(sum(map(len, one.contexts)) for one in searches) / len(sample)}
-    print(json.dumps(report, indent=1)) if args.json else Console().print(_table(report, args, retriever))
+    return report, retriever.model.n_items
 
 
 def _indexes(retriever: Retriever) -> list[Index]:
@@ -107,8 +123,8 @@ def _indexes(retriever: Retriever) -> list[Index]:
     return [index for i, index in enumerate(found) if isinstance(index, Index) and index not in found[:i]]
 
 
-def _table(report: dict[str, float], args: argparse.Namespace, retriever: Retriever) -> Table:
-    title = f"{report['users']:,} users, {retriever.model.n_items:,} items, k = {K}, {args.workers} processes"
+def _table(report: dict[str, float], args: argparse.Namespace, items: int) -> Table:
+    title = f"{report['users']:,} users, {items:,} items, k = {K}, {args.workers} processes"
     table = Table(title=title)
     for name in ("users/s", "candidates/s", "searches a user", "FAISS alone, users/s", "of it", "MB"):
         table.add_column(name, justify="right")
