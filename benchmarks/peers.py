@@ -41,7 +41,6 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,10 +113,10 @@ class Written:
 
 def main() -> None:
     args = _arguments()
-    with nullcontext(str(args.work)) if args.work else tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        cut, task = _prepared(args, work)
-        pythons, absent = _environments(args.systems, work / "environments")
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "task"
+        cut = _prepared(args, task)
+        pythons, absent = _environments(args.systems, args.work or Path(folder))
         if hasattr(os, "sched_setaffinity"):  # what is started from here on has one processor
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in args.systems if name not in absent}
@@ -176,11 +175,9 @@ def _say(line: str) -> None:
 # -- what all are given
 
 
-def _prepared(args: argparse.Namespace, work: Path) -> tuple[Split, Path]:
-    """The log cut in time, and the folder with what every system is given of it."""
-    task = work / "task"
-    shutil.rmtree(task, ignore_errors=True)
-    task.mkdir(parents=True)
+def _prepared(args: argparse.Namespace, task: Path) -> Split:
+    """The log cut in time, and in the folder `task` what every system is given of it."""
+    task.mkdir()
     events, items = args.events, args.items
     if events is None:
         from longretriever.market import Market, MarketConfig
@@ -202,16 +199,16 @@ def _prepared(args: argparse.Namespace, work: Path) -> tuple[Split, Path]:
     train = {"user": user[early], "item": cut.item[early], "time": cut.time[early]}
     pq.write_table(pa.table(train), task / "train.parquet")
     pq.write_table(pa.table({"user": cut.batch().user}), task / "asked.parquet")
-    return cut, task
+    return cut
 
 
-def _environments(systems: Sequence[str], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def _environments(systems: Sequence[str], work: Path) -> tuple[dict[str, str], dict[str, str]]:
     """The Python of each system, and why a system has none."""
     pythons, absent = {}, {}
     for name in systems:
         peer = PEERS[name]
         try:
-            pythons[name] = _environment(peer.needs, folder / Path(peer.script).stem)
+            pythons[name] = _environment(peer.needs, work / f"environment-{Path(peer.script).stem}")
         except Failed as error:
             absent[name] = f"not installed: {error}"
             _say(f"{name} is not installed; pip says:\n{error}")
@@ -237,7 +234,8 @@ def _run(command: list[str], **more: Any) -> str:
     """What it prints. Raises `Failed` with its last lines of complaint."""
     done = subprocess.run(command, capture_output=True, text=True, **more)
     if done.returncode:
-        raise Failed("\n".join((done.stderr or done.stdout).strip().splitlines()[-12:]))
+        last = (done.stderr or done.stdout).strip().splitlines()[-12:]
+        raise Failed("\n".join(last or [f"ended with {done.returncode}; -9: killed, out of memory?"]))
     return done.stdout
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     store, model = task.folder / "store", task.folder / "model"
     ingest(events, store, items=items if items.exists() else None, threads=1)
     config = replace(CONFIGS[task.system], minutes=task.minutes, seed=task.seed, **task.settings)
-    at = train(Store.open(store), model, config, threads=1)
+    at = train(Store.open(store), model, config, threads=1, fresh=True)
     index_model(model)
     retriever = Retriever.load(model, store=task.folder / "full")
     asked = Retrieved(retriever, {}, task.seed)
