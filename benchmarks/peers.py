@@ -235,7 +235,9 @@ def _run(command: list[str], **more: Any) -> str:
     done = subprocess.run(command, capture_output=True, text=True, **more)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-12:]
-        raise Failed("\n".join(last or [f"ended with {done.returncode}; -9: killed, out of memory?"]))
+        raise Failed(
+            "\n".join(last or [f"ended with {done.returncode}, minus the number of a signal, and no word"])
+        )
     return done.stdout
 
 
