@@ -235,9 +235,7 @@ def _run(command: list[str], **more: Any) -> str:
     done = subprocess.run(command, capture_output=True, text=True, **more)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-12:]
-        raise Failed(
-            "\n".join(last or [f"ended with {done.returncode}, minus the number of a signal, and no word"])
-        )
+        raise Failed("\n".join(last) or f"it ended with {done.returncode} without a word")
     return done.stdout
 
 
@@ -384,7 +382,9 @@ def _plot(result: dict[str, Any], file: Path) -> None:
                 _dots(speed, y, [turn["samples_per_second"] for turn in row["turns"]], "black", "black")
             for part, color, filled in (("all", "#1f5fa8", "#1f5fa8"), ("new", "#c2571a", "none")):
                 _dots(quality, y, [turn[part]["recall@200"] for turn in row["turns"]], color, filled)
-        speed.set_xscale("log")
+        speed.set_xlim(left=0)
+        speed.locator_params(axis="x", nbins=4)
+        speed.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         speed.set_xlabel("samples a second")
         speed.set_yticks(range(len(rows)), list(rows))
         speed.set_ylim(len(rows) - 0.5, -0.5)
