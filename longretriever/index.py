@@ -214,8 +214,10 @@ class Index:
         fetched, cosine = item_k[item_k >= 0], cosine_k[item_k >= 0]
         size, at = int(self._sizes[category]), self.n_categories if category == CORPUS else category
         sample = slice(*self.sample_start[at : at + 2])  # empty unless there are many items
-        if len(fetched) < size and sample.start == sample.stop:
+        if sample.start == sample.stop:
             cosine = self._all_cosines(user_D, category)
+        if len(cosine) == 0:  # a corpus of which all categories are left out
+            return -np.inf
         best = float(cosine.max())
         total = _sum_exp(scale, cosine, best)
         if len(cosine) < size:

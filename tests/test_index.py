@@ -88,6 +88,14 @@ def test_items_left_out_are_found_by_nobody(vectors: np.ndarray, tmp_path: Path)
     assert np.array_equal(item, np.where(truth >= 0, left[truth], -1))
 
 
+def test_a_large_corpus_of_which_all_is_left_out_has_no_sum(tmp_path: Path) -> None:
+    build(random_vectors(40), np.array([0, 30, 40]), tmp_path / "index", made_from={}, sample=2)
+    index, users, whole = Index.open(tmp_path / "index"), random_vectors(1), np.array([CORPUS])
+    item, cosine = index.search(users, whole, 5, without=(0, 1))
+    assert (item < 0).all()
+    assert index.log_normaliser(users, whole, 20.0, item, cosine).tolist() == [-np.inf]
+
+
 def test_items_left_out_must_be_there(vectors: np.ndarray, tmp_path: Path) -> None:
     for wrong in (-1, len(vectors)):
         with pytest.raises(InputError, match=r"without=\[.*\]: expected item numbers from 0 to"):
