@@ -316,8 +316,7 @@ def index(
     target = path or model / "index"
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     grouped = next(filter(None, map(_groups, (target, model / WHOLE / "index"))), None)
-    facts = {"path": str(target), "bytes": size, "clusters": grouped}
-    facts |= found
+    facts = {"path": str(target), "bytes": size, "clusters": grouped, **found}
     summary = {
         **_removed_summary(found.get("removed")),
         **_added_summary(found.get("items")),

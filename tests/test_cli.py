@@ -237,11 +237,18 @@ def growing(workspace) -> Path:
     return workspace / "growing"
 
 
+def says(said, *lines: str) -> None:
+    """The command went well, and each of these patterns is in what it printed."""
+    assert said.code == 0, said.err
+    for line in lines:
+        assert re.search(line, said.out), line
+
+
 def test_new_items_are_added_and_found(command, growing):
     words = ("index", "growing", "--add", "new.csv", "--item-column", "item_id=thing")
     said = command(*words)
-    assert said.code == 0, said.err
-    for line in (
+    says(
+        said,
         r"rows +3 read",
         r"added +2 items in 2 categories",
         r"already there +1 items, left as they are",
@@ -249,8 +256,7 @@ def test_new_items_are_added_and_found(command, growing):
         r"feature price_band +0 known, 0 unknown, 2 missing",
         r"no feature known +1 items: those of one category have one vector",
         r"index +growing/index",
-    ):
-        assert re.search(line, said.out), line
+    )
     asked = ("retrieve", "growing", "--user", 7, "--include-category", 0, "--k", 500, "--json")
     found = {c["item_id"]: c["title"] for c in command(*asked).json["candidates"]}
     assert found[100000] == "a new lamp"
@@ -297,16 +303,15 @@ def test_items_go_move_and_come_back(command, growing, workspace):
     before = {c["item_id"] for c in command(*asked).json["candidates"]}
     assert 0 in before
     said = command("index", "growing", "--remove", "gone.csv", "--add", "there.csv", "--move")
-    assert said.code == 0, said.err
-    for line in (
+    says(
+        said,
         r"rows to remove +3 read",
         r"removed +2 items, 1 are not in the model",
         r"left +[0-9,]+ items",
         r"already there +3 items",
         r"back +1 of those, which had been removed",
         r"moved +\d of those, to the category that they have here",
-    ):
-        assert re.search(line, said.out), line
+    )
     after = {c["item_id"]: c["category_id"] for c in command(*asked).json["candidates"]}
     assert 0 not in after
     assert after.get(2) == 1

@@ -37,6 +37,7 @@ from longretriever.evaluate.split import Split
 from longretriever.experiment.apart import learn_apart
 from longretriever.experiment.plan import Arm, Plan, Run, described
 from longretriever.model.config import need_torch
+from longretriever.retrieve.bulk import cores
 from longretriever.retrieve.retriever import Retriever
 from longretriever.saved import beside, package_version, sync
 from longretriever.store.behaviors import Store
@@ -477,7 +478,7 @@ def environment() -> dict[str, Any]:
         **versions,
         "platform": platform.platform(),
         "processor": _processor(),
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors": cores(),
     }
 
 

@@ -101,6 +101,13 @@ class Model:
         """[n] category numbers of item numbers."""
         return np.searchsorted(self.category_start, items, side="right") - 1
 
+    def is_removed(self, items: np.ndarray) -> np.ndarray:
+        """[n] whether each of these item numbers shall not be retrieved; -1, an unknown item, is not."""
+        if not len(self.removed):
+            return np.zeros(len(items), bool)
+        at = np.searchsorted(self.removed, items)
+        return self.removed[np.minimum(at, len(self.removed) - 1)] == items
+
     def item_vectors(self, items: slice | np.ndarray) -> np.ndarray:
         """[n, d] vectors of length 1 of these item numbers."""
         return unit(np.asarray(self.item_token[items]))

@@ -30,7 +30,7 @@ class Popular:
     def __init__(self, store: Store, model: Model, numbers: Numbers, days: int = DAYS) -> None:
         self.model = model
         count = _counts(store, store.last_time - days * SECONDS_PER_DAY)
-        there = (numbers.item >= 0) & ~np.isin(numbers.item, model.removed)
+        there = (numbers.item >= 0) & ~model.is_removed(numbers.item)
         known = np.flatnonzero((count > 0) & there)
         item, count = numbers.item[known], count[known]
         category = model.category_of(item)

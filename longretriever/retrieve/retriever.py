@@ -301,8 +301,10 @@ class Retriever:
         there = int(np.count_nonzero(found.item >= 0))  # the rest is padding
         item, cosine = found.item[:there], found.cosine[:there]
         if log_shares is not None:
-            log_shares = self._of_those_left(log_shares, row)
-            met, places, missing = _met_among(item, self._met(row))
+            gone = self.model.is_removed(row.behaviors.item)
+            if gone.any():
+                log_shares = _of_those_left(log_shares, gone)
+            met, places, missing = _met_among(item, np.where(gone, -1, self._met(row)))
             if len(missing):
                 item = np.concatenate([item, missing])
                 cosine = np.concatenate([cosine, self.model.item_vectors(missing) @ found.user])
@@ -317,23 +319,12 @@ class Retriever:
         return item[best], cosine[best], log_prob[best]
 
     def _met(self, row: Request) -> np.ndarray:
-        """[n] the items of the row's behaviors; -1 for one removed, or of another category in training."""
+        """[n] the items of the row's behaviors; -1 for one that was of another category in training."""
         met = row.behaviors.item
-        if len(self.model.removed):
-            met = np.where(np.isin(met, self.model.removed), -1, met)
         if row.category == CORPUS:
             return met
         low, high = self.model.category_start[row.category : row.category + 2]
         return np.where((low <= met) & (met < high), met, -1)
-
-    def _of_those_left(self, log_shares: np.ndarray, row: Request) -> np.ndarray:
-        """With the shares of items removed given to all others: nobody can return to those."""
-        if not len(self.model.removed):
-            return log_shares
-        items = row.behaviors.item
-        left = np.zeros(len(log_shares), bool)  # as what pads it stays
-        left[: 1 + len(items)] = np.append(True, ~np.isin(items, self.model.removed))
-        return np.where(left, log_shares - np.logaddexp.reduce(log_shares[left]), -np.inf)
 
     def _unwanted(self, rows: list[Request], lives: Sequence[Life], ruled: Ruled) -> list[np.ndarray]:
         """For each row, item numbers of its category that must not come back."""
@@ -457,6 +448,13 @@ def _shared(log_shares: np.ndarray, returns: float | None) -> np.ndarray:
     with np.errstate(divide="ignore"):
         factor = np.log(returns) - np.log1p(-explored)
         return np.append(np.log(1 - returns), log_shares[1:] + factor)
+
+
+def _of_those_left(log_shares: np.ndarray, gone: np.ndarray) -> np.ndarray:
+    """With the shares of the behaviors whose items are gone given to all others: nobody returns to those."""
+    left = np.zeros(len(log_shares), bool)  # as what pads it stays
+    left[: 1 + len(gone)] = np.append(True, ~gone)
+    return np.where(left, log_shares - np.logaddexp.reduce(log_shares[left]), -np.inf)
 
 
 def _met_among(item: np.ndarray, met: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
