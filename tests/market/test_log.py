@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longretriever import market as module
 from longretriever.errors import Damaged, InputError, Mismatch, NotSaved
-from longretriever.market import BEHAVIORS, PROFILE, Log, Market, MarketConfig
+from longretriever.market import log as module
+from longretriever.market.log import BEHAVIORS, PROFILE, Log, Market, MarketConfig
 
 DAY = 86_400
 
