@@ -46,6 +46,7 @@ BRANDS_PER_STYLE = 2
 
 _CONFIG, _FORMAT = "market.json", 1
 _ROW_GROUP = 1 << 19  # rows of a Parquet row group
+_LOOKS = 8  # for an item on offer; whoever has not found one by then takes the last
 _BANK = 1 << 12  # vectors; a taste adds up four of them, so no two are alike, and they stay in the cache
 _NOT_HERE = "Make one with `longretriever generate`."
 
@@ -108,6 +109,9 @@ class MarketConfig:
     repeat: float = 0.25  # chance to come back to an item met before in the category
     cart: float = 0.06  # chance that a behavior is a cart (twice that when coming back) ...
     buy: float = 0.02  # ... or a purchase (twice that when coming back), else a click
+    quality: float = 0.0  # standard deviation of an item's quality, a log factor of both chances
+    thrift: float = 0.0  # how much a price band above the middle takes from them, as a log factor, on average
+    item_days: float = 0.0  # how long an item is on offer, from a moment of its own; 0: always
 
     def __post_init__(self) -> None:
         for wrong, message in _faults(self):
@@ -139,7 +143,7 @@ _AT_LEAST = {
     **dict.fromkeys(("least", "most", "fewest_interests", "most_interests", "session_events", "days"), 1),
     **dict.fromkeys(("sharpness", "persona_interest", "interest_drift", "cart", "buy", "seed"), 0),
     **dict.fromkeys(("category_tail", "category_spread", "style_spread", "gap_seconds"), 0),
-    **{"gap_tail": 0.5, "drift_days": 0.1},
+    **{"gap_tail": 0.5, "drift_days": 0.1, "quality": 0, "thrift": 0, "item_days": 0},
 }
 _SHARES = ("common", "moving", "persona_taste", "profile", "feature", "curiosity", "stay", "repeat")
 
@@ -229,8 +233,12 @@ class Market:
 
     def _draw(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
         """float32 in [0, 1), of the shape of `numbers`: the same for the same seed, purpose and number."""
-        top = self._hash(purpose, numbers) >> np.uint64(40)
-        return top.astype(np.float32) * np.float32(2.0**-24)
+        return _uniform(self._hash(purpose, numbers))
+
+    def _normal(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
+        """Standard normal numbers of the shape of `numbers`, drawn likewise."""
+        radius = np.sqrt(-2 * np.log(1 - self._draw(purpose, numbers).astype(np.float64)))
+        return radius * np.cos(2 * np.pi * self._draw(f"{purpose}, angle", numbers))
 
     def _make_catalogue(self, rng: np.random.Generator) -> None:
         c = self.config
@@ -322,7 +330,9 @@ class Market:
         where = np.zeros(1, np.intp), np.array([category]), np.array([float(at)])
         chance_G = self._style_weights(people, *where)[0].astype(np.float64)
         chance_G /= chance_G.sum()
-        chance = np.repeat(chance_G, size_G) * self._popularity_in_style(size_G)
+        chance = np.repeat(chance_G, size_G) * self._found(
+            self._popularity_in_style(size_G), slots, size_G, at
+        )
         if len(history) == 0:
             return chance
         place = self._slot_of[self._checked("item", history)] - slots.start
@@ -346,6 +356,40 @@ class Market:
         """[n] the styles of item numbers: rows of `style_vectors`."""
         return self._category_and_style(self._checked("item", items))[1]
 
+    def quality_of(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
+        """[n] what an item is worth beyond taste, mean 0 and standard deviation `quality`; nobody sees it."""
+        return self.config.quality * self._normal("quality", self._checked("item", items))
+
+    def thrift_of(self, users: np.ndarray | Sequence[int]) -> np.ndarray:
+        """[n] how much each user minds a price band above the middle: 0 to twice `thrift`, evenly."""
+        return 2 * self.config.thrift * self._draw("thrift", self._checked("user", users)).astype(np.float64)
+
+    def worth(self, users: np.ndarray | Sequence[int], items: np.ndarray | Sequence[int]) -> np.ndarray:
+        """[n] quality less what the price takes from it, for users and items [n] each.
+
+        The log factor of the chances to put into the cart and to buy.
+        """
+        above = self.price_bands_of(self._checked("item", items)) - len(PRICE_BANDS) // 2
+        return self.quality_of(items) - self.thrift_of(users) * above
+
+    def on_offer(self, items: np.ndarray | Sequence[int], at: float | np.ndarray) -> np.ndarray:
+        """[n] whether each item is on offer at unix seconds `at` (a number or [n]).
+
+        Items come evenly over the log and `item_days` before it, so the same share is on offer at all times.
+        """
+        return self._on_offer(self._checked("item", items), np.asarray(at, np.float64))
+
+    def _on_offer(self, items: np.ndarray, at: np.ndarray) -> np.ndarray:
+        c = self.config
+        if not c.item_days:
+            return np.ones(np.broadcast_shapes(items.shape, at.shape), bool)
+        age = (
+            (at - c.start) / SECONDS_PER_DAY
+            + c.item_days
+            - self._draw("arrives", items) * (c.days + c.item_days)
+        )
+        return (age >= 0) & (age < c.item_days)
+
     def profile_of(self, field: str, users: np.ndarray | Sequence[int]) -> np.ndarray:
         """[n] places in `PROFILE[field]`: the persona's typical value with chance `profile`, else any."""
         users = self._checked("user", users)
@@ -357,6 +401,18 @@ class Market:
         """[n] how many behaviors these user numbers have in the log."""
         users = self._checked("user", users)
         return self._first_event[users + 1] - self._first_event[users]
+
+    def choices(
+        self, users: np.ndarray | Sequence[int], at: np.ndarray, numbers: np.ndarray | Sequence[int]
+    ) -> np.ndarray:
+        """[n] a category for each user at unix seconds `at`, drawn from `interests`; all three are [n].
+
+        Equal `numbers` draw equally; those of the log are its event numbers, 0 to `events` - 1.
+        """
+        who, rows = np.unique(self._checked("user", users), return_inverse=True)
+        return self._visited(
+            self._people(who), rows, np.asarray(at, np.float64), np.asarray(numbers, np.int64)
+        )
 
     def _checked(self, what: str, numbers: np.ndarray | Sequence[int]) -> np.ndarray:
         found = np.asarray(numbers, dtype=np.int64)
@@ -383,6 +439,17 @@ class Market:
         size = np.repeat(size_G, size_G)
         power = 1 - self.config.popularity_tail
         return ((rank + 1) / size) ** power - (rank / size) ** power
+
+    def _found(self, chance: np.ndarray, slots: slice, size_G: np.ndarray, at: float) -> np.ndarray:
+        """[n] the chance of each item given its style, from that of a single look: see `_by_rank`."""
+        offered = self._on_offer(self._item_at[slots].astype(np.int64), np.asarray(at, np.float64))
+        if offered.all():
+            return chance
+        style = np.repeat(np.arange(len(size_G)), size_G)
+        gone = np.bincount(style, chance * ~offered, minlength=len(size_G))[style]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            again = np.where(gone < 1, (1 - gone**_LOOKS) / (1 - gone), 0.0)
+        return chance * np.where(offered, again, gone ** (_LOOKS - 1))
 
     @property
     def _choose_category(self) -> float:
@@ -493,7 +560,7 @@ class Market:
         visit = _Visits(visit_start, length, visit_row, visit_time, category, visit_of)
         source = self._sources(visit, event)
         item = self._items(people, visit, event, source)
-        kind = self._kinds(event, source != np.arange(len(event)))
+        kind = self._kinds(first + row, item, event, source != np.arange(len(event)))
         return Log((first + row).astype(np.int32), item, category.astype(np.int32)[visit_of], time, kind)
 
     def _times(
@@ -563,16 +630,28 @@ class Market:
         of = visit.of[fresh]
         weight = self._style_weights(people, visit.row, visit.category, visit.time)
         style = _pick(weight, self._draw("style", event[fresh]), of)
-        cell = visit.category[of] * self.config.styles + style
-        size = self._cell_start[cell + 1] - self._cell_start[cell]
-        part = self._draw("rank", event[fresh]).astype(np.float64)
-        rank = (size * part ** (1 / (1 - self.config.popularity_tail))).astype(np.int64)
         item = np.empty(len(event), np.int32)
-        item[fresh] = self._item_at[self._cell_start[cell] + np.minimum(rank, size - 1)]
+        item[fresh] = self._by_rank(
+            visit.category[of] * self.config.styles + style, event[fresh], visit.time[of]
+        )
         return item[source]
 
-    def _kinds(self, event: np.ndarray, again: np.ndarray) -> np.ndarray:
+    def _by_rank(self, cell: np.ndarray, event: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """[n] an item of each cell (a style of a category) by popularity; again, if it is not on offer."""
+        first, size = self._cell_start[cell], self._cell_start[cell + 1] - self._cell_start[cell]
+        item = np.empty(len(cell), np.int32)
+        left = np.arange(len(cell))
+        for look in range(_LOOKS if self.config.item_days else 1):
+            part = self._draw(f"rank {look}" if look else "rank", event[left]).astype(np.float64)
+            rank = (size[left] * part ** (1 / (1 - self.config.popularity_tail))).astype(np.int64)
+            item[left] = self._item_at[first[left] + np.minimum(rank, size[left] - 1)]
+            left = left[~self._on_offer(item[left].astype(np.int64), at[left])]
+        return item
+
+    def _kinds(self, user: np.ndarray, item: np.ndarray, event: np.ndarray, again: np.ndarray) -> np.ndarray:
         draw = self._draw("kind", event) * np.where(again, np.float32(0.5), np.float32(1.0))
+        if self.config.quality or self.config.thrift:
+            draw *= np.exp(-self.worth(user, item)).astype(np.float32)
         buy, cart = self.config.buy, self.config.buy + self.config.cart
         return (draw < cart).astype(np.int8) + (draw < buy)
 
@@ -712,6 +791,11 @@ def _hash(key: np.ndarray | np.uint64, numbers: np.ndarray) -> np.ndarray:
     mixed *= np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     return mixed
+
+
+def _uniform(hashes: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1)."""
+    return (hashes >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def _vector_of(hashes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,173 @@
+"""What is tested in the simulated market? Arms, each a set of retrieval routes before the same ranker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from longretriever.errors import InputError
+from longretriever.experiment.plan import described
+from longretriever.market import MarketConfig
+from longretriever.market.feed import FeedConfig
+from longretriever.retrieve.interests import Interests
+from longretriever.retrieve.merge import Merge
+from longretriever.store.behaviors import Life, Store
+
+MOST_ROUTES = 32
+"""Of all arms together: which routes brought an item is a bit mask."""
+
+
+class Finder(Protocol):
+    """What a route is once it is ready: one method."""
+
+    def find(self, lives: Sequence[Life], k: int, seed: int) -> list[np.ndarray]:
+        """For each life at most `k` distinct item numbers of the store, best first; `seed` draws."""
+        ...
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to candidates. Routes of equal name are the same route, in whichever arms they are.
+
+    name       as it stands in the report
+    learn      a training configuration; routes with equal ones share their trainings
+    counted    instead of `learn`: what makes a `Finder` of the store of the time before the test
+    interests, merge, asking   how a learned model is asked; see `experiment.plan.Arm`
+    k          candidates of a request
+    """
+
+    name: str
+    learn: Any = None
+    counted: Callable[[Store], Finder] | None = None
+    interests: Interests | None = None
+    merge: Merge | None = None
+    asking: Mapping[str, Any] = field(default_factory=dict)
+    k: int = 100
+
+    def __post_init__(self) -> None:
+        if (self.learn is None) == (self.counted is None):
+            raise InputError(f"route {self.name!r}: expected either learn= or counted=.")
+        if self.learn is not None and (isinstance(self.learn, type) or not is_dataclass(self.learn)):
+            raise InputError(f"route {self.name!r}: learn={self.learn!r}, expected a training configuration.")
+        if self.k < 1:
+            raise InputError(f"route {self.name!r}: k is {self.k}, expected at least 1.")
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """Keyword arguments of `Retriever.load`: those that are not left to the model."""
+        own = {"interests": self.interests, "merge": self.merge}
+        return {**{name: value for name, value in own.items() if value is not None}, **self.asking}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One version of the platform. The first arm of a plan is the control.
+
+    luck  draws the reactions of people: arms of the same luck are paired; the same platform with another luck
+          makes an A/A test, which must find nothing
+    """
+
+    name: str
+    routes: tuple[Route, ...]
+    about: str = ""
+    luck: int = 0
+
+    def __post_init__(self) -> None:
+        names = [route.name for route in self.routes]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"arm {self.name!r} has the routes {names}, expected at least one, each once.")
+
+
+@dataclass(frozen=True)
+class PlatformConfig:
+    """What stands behind the routes, the same in all arms.
+
+    warm_up        days before the test on which the control's routes are shown in random order, so that the
+                   ranker has something to learn from; nothing of it counts
+    explore        share of slots that a random candidate gets, so that the ranker goes on learning
+    most_of_one    items of one category on a page, at most
+    order_weight   how many clicks an order counts for in the ranker
+    ranker_rows    impressions that the ranker learns from, the newest
+    """
+
+    warm_up: int = 1
+    explore: float = 0.05
+    most_of_one: int = 4
+    order_weight: float = 3.0
+    ranker_rows: int = 400_000
+
+    def __post_init__(self) -> None:
+        if self.warm_up < 1 or self.most_of_one < 1 or self.ranker_rows < 1 or self.order_weight < 0:
+            raise InputError(
+                f"{self}: warm_up, most_of_one and ranker_rows are at least 1, order_weight at least 0."
+            )
+        if not 0 <= self.explore <= 1:
+            raise InputError(f"explore is {self.explore}, expected a share from 0 to 1.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what a test finds: equal plans, equal results.
+
+    users    how many of the market's users take part, drawn by the seed; None: all
+    days     of the test, after the warm-up; the market's log must be longer
+    retrain  train all models again every so many days, each arm's on what its own users did; 0: never
+    minutes, samples  bounds of each training; None: as its configuration has it
+    """
+
+    market: MarketConfig
+    arms: tuple[Arm, ...]
+    feed: FeedConfig = FeedConfig()
+    platform: PlatformConfig = PlatformConfig()
+    users: int | None = None
+    days: int = 7
+    retrain: int = 0
+    minutes: float | None = None
+    samples: int | None = None
+    seed: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) < len(names) or not all(names):
+            raise InputError(f"arms {names}: expected at least one, each with a name of its own.")
+        if self.days < 1 or self.retrain < 0:
+            raise InputError(
+                f"{self.days} days, retraining after {self.retrain}: expected at least 1, and 0 or more."
+            )
+        if self.market.days < 2 * (self.days + self.platform.warm_up):
+            raise InputError(
+                f"a market of {self.market.days:g} days is short for {self.platform.warm_up} of warm-up and "
+                f"{self.days} of test: too little would be left to learn from. Ask for at least "
+                f"{2 * (self.days + self.platform.warm_up)}."
+            )
+        if self.users is not None and not 1 <= self.users <= self.market.users:
+            raise InputError(
+                f"{self.users:,} users, expected 1 to {self.market.users:,}, those of the market."
+            )
+        if len(self.routes) > MOST_ROUTES:
+            raise InputError(
+                f"{len(self.routes)} routes, expected at most {MOST_ROUTES} in all arms together."
+            )
+        for route in self.routes:  # whatever is wrong with a configuration is said before the first hour
+            described([route.learn, route.counted, route.load])
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The routes of all arms, each once, in order. Raises `InputError` where two have one name."""
+        found: dict[str, Route] = {}
+        for arm in self.arms:
+            for route in arm.routes:
+                if found.setdefault(route.name, route) != route:
+                    raise InputError(
+                        f"two different routes are called {route.name!r}. Give each its own name."
+                    )
+        return tuple(found.values())
+
+    @property
+    def begin(self) -> int:
+        """Unix seconds of the first day of the warm-up: all before it can be learned from."""
+        return self.market.end - (self.days + self.platform.warm_up) * 86_400

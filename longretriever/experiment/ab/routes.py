@@ -1,0 +1,81 @@
+"""What brings candidates, beside the product's own retriever? Two routes that every platform has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from longretriever.evaluate.collaborative import BM25
+from longretriever.events import SECONDS_PER_DAY
+from longretriever.retrieve.retriever import BATCH, Retriever
+from longretriever.store.behaviors import Life, Store
+
+
+class Learned:
+    """The product's own path: interests, user vectors, search, merge, in batches, over live behaviors."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever = retriever
+
+    def find(self, lives: Sequence[Life], k: int, seed: int) -> list[np.ndarray]:
+        """See `Finder`."""
+        found = []
+        for at in range(0, len(lives), BATCH):
+            for answer in self.retriever.answer(lives[at : at + BATCH], k, rng=seed):
+                items = self.retriever.store_items(answer.item)
+                found.append(items[items >= 0])
+        return found
+
+
+class Popular:
+    """The items with the most behaviors in the last `days` of the store, the same for everyone."""
+
+    def __init__(self, store: Store, days: float = 7.0) -> None:
+        recent = store.event_time > store.last_time - days * SECONDS_PER_DAY
+        lately = np.bincount(store.event_item[recent], minlength=store.n_items)
+        ever = np.bincount(store.event_item, minlength=store.n_items)
+        self.ranking = np.lexsort((np.arange(store.n_items), -ever, -lately))
+
+    def find(self, lives: Sequence[Life], k: int, seed: int) -> list[np.ndarray]:
+        """See `Finder`."""
+        return [self.ranking[:k]] * len(lives)
+
+
+class ItemToItem:
+    """Neighbours (BM25) of the user's last `last` distinct items, the newer the heavier."""
+
+    def __init__(self, store: Store, last: int = 50) -> None:
+        self.last = last
+        learned = BM25(store, store.last_time)
+        self.shown, self.place, self.similarity = learned.shown, learned.place, learned.similarity
+
+    def find(self, lives: Sequence[Life], k: int, seed: int) -> list[np.ndarray]:
+        """See `Finder`."""
+        found = []
+        for at in range(0, len(lives), 256):
+            found += self._of(lives[at : at + 256], k)
+        return found
+
+    def _of(self, lives: Sequence[Life], k: int) -> list[np.ndarray]:
+        met = [self._places(life) for life in lives]
+        begin = np.cumsum([0, *map(len, met)])
+        weight = np.concatenate([1 / np.sqrt(1 + np.arange(len(places))) for places in met])
+        history = type(self.similarity)(
+            (weight, np.concatenate(met), begin), shape=(len(met), len(self.shown))
+        )
+        score = (history @ self.similarity).tocsr()
+        out = []
+        for row in range(len(lives)):
+            mine = slice(score.indptr[row], score.indptr[row + 1])
+            best = np.lexsort((score.indices[mine], -score.data[mine]))[:k]
+            out.append(self.shown[score.indices[mine][best]])
+        return out
+
+    def _places(self, life: Life) -> np.ndarray:
+        """The user's last distinct items that the neighbours know, newest first."""
+        items = life.recent(4 * self.last).item[::-1]
+        _, first = np.unique(items, return_index=True)
+        items = items[np.sort(first)]
+        places = self.place[items[items < len(self.place)]]
+        return places[places >= 0][: self.last]
