@@ -96,7 +96,7 @@ def run(
     if any(arm.learn is not None for arm in arms):
         need_torch()
     say, folder = said or (lambda _: None), Path(work)
-    with _alone(folder):
+    with alone(folder):
         say("reading the log")
         cut, tables = read_split(events, items, users, quantile, reading)
         say(f"{cut.full.num_rows:,} events after the filter, {cut.train.num_rows:,} of them to learn from")
@@ -289,7 +289,7 @@ class Bench:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Two experiments in one folder would train into each other's models."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:

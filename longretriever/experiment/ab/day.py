@@ -94,11 +94,11 @@ class Platform:
         ranker: Ranker,
         reader: Reader,
         feed: Feed,
-        seed: int,
+        draw: int,
         warming_up: bool,
     ) -> None:
         self.config, self.finders, self.lengths, self.ranker = config, finders, lengths, ranker
-        self.reader, self.feed, self.seed, self.warming_up = reader, feed, seed, warming_up
+        self.reader, self.feed, self.draw, self.warming_up = reader, feed, draw, warming_up
         self.numbering = Numbering.of(reader.store, feed.market.config.items)
         self._today = _Lately()
 
@@ -127,7 +127,7 @@ class Platform:
         self._lives = [replace(life, now=float(t)) for life, t in zip(at_once, visits.time, strict=True)]
         I, row, item, bit = self.reader.store.n_items, [], [], []
         for route, (finder, k) in enumerate(zip(self.finders.values(), self.lengths, strict=True)):
-            lists = finder.find(self._lives, k, self.seed * 100_000 + round_)
+            lists = finder.find(self._lives, k, self.draw * 100_000 + round_)
             row.append(np.repeat(np.arange(len(lists)), [len(items) for items in lists]))
             item.append(np.concatenate(lists).astype(np.int64))
             bit.append(np.full(len(item[-1]), 1 << route, np.uint32))
@@ -150,7 +150,7 @@ class Platform:
         today = self._today.of_category(user, category, at, self.ranker.features.category)
         feature = self.ranker.features.of(self._lives, found.item, found.row, today)
         luck = self.feed.market._draw(
-            f"order of {self.seed}", visits.number[found.row] * 1_000_003 + found.item
+            f"order of {self.draw}", visits.number[found.row] * 1_000_003 + found.item
         )
         score = luck if self.warming_up else self.ranker.score(feature)
         pages = _Pages(found.row, category, score, self.feed.config.slots, self.config.most_of_one)
@@ -169,8 +169,8 @@ class Platform:
         """[V, S] for each slot a number in [0, 1) that picks a random candidate, or -1."""
         slots = self.feed.config.slots
         number = (visits.number[:, None] * 10 + page) * 100 + np.arange(slots)
-        draw = self.feed.market._draw(f"explore {self.seed}", number)
-        which = self.feed.market._draw(f"explored {self.seed}", number)
+        draw = self.feed.market._draw(f"explore {self.draw}", number)
+        which = self.feed.market._draw(f"explored {self.draw}", number)
         return np.where(draw < (0 if self.warming_up else self.config.explore), which, -1)
 
     def _seen(

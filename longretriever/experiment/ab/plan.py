@@ -66,14 +66,16 @@ class Route:
 class Arm:
     """One version of the platform. The first arm of a plan is the control.
 
-    luck  draws the reactions of people: arms of the same luck are paired; the same platform with another luck
-          makes an A/A test, which must find nothing
+    luck     draws the reactions of people: arms of the same luck are paired; the same platform with another
+             luck makes an A/A test, which must find nothing
+    against  name of the arm that it is compared with; None: the control
     """
 
     name: str
     routes: tuple[Route, ...]
     about: str = ""
     luck: int = 0
+    against: str | None = None
 
     def __post_init__(self) -> None:
         names = [route.name for route in self.routes]
@@ -112,10 +114,12 @@ class PlatformConfig:
 class Plan:
     """All that decides what a test finds: equal plans, equal results.
 
-    users    how many of the market's users take part, drawn by the seed; None: all
+    users    how many of the market's users take part; None: all
+    draw     draws those users, what the platform explores, and the contexts that routes draw
     days     of the test, after the warm-up; the market's log must be longer
     retrain  train all models again every so many days, each arm's on what its own users did; 0: never
     minutes, samples  bounds of each training; None: as its configuration has it
+    seed     of the trainings and of the ranker; the world has its own, in `market`
     """
 
     market: MarketConfig
@@ -128,12 +132,18 @@ class Plan:
     minutes: float | None = None
     samples: int | None = None
     seed: int = 1
+    draw: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names) or not all(names):
             raise InputError(f"arms {names}: expected at least one, each with a name of its own.")
+        for arm in self.arms:
+            if arm.against is not None and (arm.against not in names or arm.against == arm.name):
+                raise InputError(
+                    f"arm {arm.name!r} is to be compared with {arm.against!r}, expected another of {names}."
+                )
         if self.days < 1 or self.retrain < 0:
             raise InputError(
                 f"{self.days} days, retraining after {self.retrain}: expected at least 1, and 0 or more."
@@ -166,6 +176,10 @@ class Plan:
                         f"two different routes are called {route.name!r}. Give each its own name."
                     )
         return tuple(found.values())
+
+    def against(self, arm: Arm) -> str | None:
+        """The name of the arm that this one is compared with; None for the control, unless it has one."""
+        return arm.against or (None if arm == self.arms[0] else self.arms[0].name)
 
     @property
     def begin(self) -> int:

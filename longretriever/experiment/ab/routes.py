@@ -1,13 +1,17 @@
-"""What brings candidates, beside the product's own retriever? Two routes that every platform has."""
+"""What brings candidates? The product's own retriever, and two routes that every platform has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from longretriever.errors import InputError
 from longretriever.evaluate.collaborative import BM25
 from longretriever.events import SECONDS_PER_DAY
+from longretriever.experiment.ab.plan import Arm, Finder, Route
+from longretriever.experiment.ablations import arms as ablations
 from longretriever.retrieve.retriever import BATCH, Retriever
 from longretriever.store.behaviors import Life, Store
 
@@ -79,3 +83,33 @@ class ItemToItem:
         items = items[np.sort(first)]
         places = self.place[items[items < len(self.place)]]
         return places[places >= 0][: self.last]
+
+
+def known(k: int = 100) -> dict[str, Route]:
+    """All routes that have a name: the two above, and every learned system of `experiment.ablations`.
+
+    A key is the name in lower case, with "-" for what is not a letter or digit.
+    """
+    counted: dict[str, Callable[[Store], Finder]] = {"popular": Popular, "item-to-item": ItemToItem}
+    found = {name: Route(name, counted=made, k=k) for name, made in counted.items()}
+    for arm in ablations():
+        if arm.learn is not None:
+            found[_key(arm.name)] = Route(
+                arm.name, learn=arm.learn, interests=arm.interests, merge=arm.merge, asking=arm.asking, k=k
+            )
+    return found
+
+
+def parse_arm(text: str, routes: dict[str, Route]) -> Arm:
+    """An arm out of "NAME=ROUTE,ROUTE". Raises `InputError`."""
+    name, sign, listed = text.partition("=")
+    keys = [key.strip() for key in listed.split(",") if key.strip()]
+    strange = [key for key in keys if key not in routes]
+    if not sign or not name.strip() or not keys or strange:
+        what = f"there is no route {strange[0]!r}" if strange else "expected NAME=ROUTE,ROUTE"
+        raise InputError(f"arm {text!r}: {what}. Routes are {', '.join(routes)}.")
+    return Arm(name.strip(), tuple(routes[key] for key in keys))
+
+
+def _key(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower())

@@ -17,12 +17,12 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +40,7 @@ from longretriever.experiment.ab.ranking import Features, Ranker, Statistics, le
 from longretriever.experiment.ab.routes import Learned
 from longretriever.experiment.apart import learn_apart
 from longretriever.experiment.plan import described
-from longretriever.experiment.runs import Learn, _alone, environment, write_whole
+from longretriever.experiment.runs import Learn, alone, environment, write_whole
 from longretriever.market import Log, Market, MarketConfig
 from longretriever.market.feed import Feed
 from longretriever.market.log import BEHAVIORS
@@ -85,12 +85,23 @@ def run(
     """
     need_sklearn()
     say, folder = said or (lambda _: None), Path(work)
-    with _alone(folder):
+    with alone(folder):
         test = Test(plan, folder, learn, say, trained)
         test.prepare()
         test.live(workers or cores(), lived or (lambda done, total: None))
         say("comparing")
         return test.result(command, date)
+
+
+@contextmanager
+def processes(count: int) -> Iterator[Callable[..., Callable[[], Any]]]:
+    """What takes a function and its arguments, and gives what waits for the result; 1: this very process."""
+    if count == 1:
+        yield lambda function, *given: partial(function, *given)
+        return
+    context = multiprocessing.get_context("spawn")  # forked processes would inherit locks of threads
+    with ProcessPoolExecutor(count, context) as pool:
+        yield lambda function, *given: pool.submit(function, *given).result
 
 
 class World(NamedTuple):
@@ -141,7 +152,7 @@ class Test:
     @cached_property
     def users(self) -> np.ndarray:
         """[U] who takes part, sorted."""
-        everyone = np.random.default_rng([self.plan.seed, 7]).permutation(self.plan.market.users)
+        everyone = np.random.default_rng([self.plan.draw, 7]).permutation(self.plan.market.users)
         return np.sort(everyone[: self.plan.users])
 
     @cached_property
@@ -202,23 +213,20 @@ class Test:
         """Live all days that are not over yet."""
         total = self.plan.platform.warm_up + self.plan.days * len(self.plan.arms)
         done = 0
-        context = multiprocessing.get_context("spawn")  # forked processes would inherit locks of threads
-        with ProcessPoolExecutor(min(workers, len(self.plan.arms)), context) as pool:
+        with processes(min(workers, len(self.plan.arms))) as pool:
             for day in range(self.days[-1] + 1):
-                arms = [None] if day < self.days[0] else list(self.plan.arms)
+                arms = self._arms_of(day)
                 todo = [arm for arm in arms if not self._file(arm, day).exists()]
                 done += len(arms) - len(todo)
+                lived(done, total)
                 if todo:
                     self._begin(day, todo)
                     knows = self._knowledge(day)
-                    waiting = [
-                        pool.submit(_live, self.plan, self._world(arm, day), arm, day, knows) for arm in todo
-                    ]
-                    for one in waiting:
-                        one.result()
+                    asked = [(self.plan, self._world(arm, day), arm, day, knows) for arm in todo]
+                    for waiting in [pool(_live, *one) for one in asked]:
+                        waiting()
                         done += 1
                         lived(done, total)
-                lived(done, total)
 
     def _file(self, arm: Arm | None, day: int) -> Path:
         return _file(self.path, arm, day)
@@ -301,11 +309,11 @@ class Test:
             days = [read_day(self._file(arm, day)) for day in self.days]
             sums[arm.name] = online.of_arm(days, self.users, category_of)
             routes[arm.name] = online.of_routes(days, self.users, [r.name for r in arm.routes])
-        control = plan.arms[0].name
+        pairs = [(arm.name, other) for arm in plan.arms if (other := plan.against(arm)) is not None]
         rows = [
-            {"arm": arm.name, "against": control, **row}
-            for arm in plan.arms[1:]
-            for row in online.compare(sums[arm.name], sums[control], plan.seed)
+            {"arm": name, "against": other, **row}
+            for name, other in pairs
+            for row in online.compare(sums[name], sums[other], plan.draw)
         ]
         return {
             "format": FORMAT,
@@ -319,9 +327,10 @@ class Test:
             "arms": {
                 arm.name: {
                     "about": arm.about,
+                    "against": plan.against(arm),
                     "luck": arm.luck,
-                    "figures": online.summary(sums[arm.name], plan.seed),
-                    "routes": {name: online.summary(of, plan.seed) for name, of in routes[arm.name].items()},
+                    "figures": online.summary(sums[arm.name], plan.draw),
+                    "routes": {name: online.summary(of, plan.draw) for name, of in routes[arm.name].items()},
                     "by_day": self._by_day(arm, category_of),
                 }
                 for arm in plan.arms
@@ -378,7 +387,7 @@ def _live(plan: Plan, world: World, arm: Arm | None, day: int, knows: Knowledge)
             ranker,
             Reader(store, journal),
             Feed(market, plan.feed, plan.begin, of.luck),
-            plan.seed,
+            plan.draw,
             warming_up=arm is None,
         )
         for before in range(day):
