@@ -27,6 +27,7 @@ from longretriever import (
     train,
 )
 from longretriever.cli import app
+from longretriever.market.feed import FeedConfig
 from longretriever.model.config import VectorLearning
 from longretriever.serve import wire
 from longretriever.serve.app import create
@@ -88,6 +89,8 @@ def test_the_python_of_a_page_runs(page, prepared, tmp_path, monkeypatch):
 def test_the_page_about_the_market_says_everything(prepared):
     for field in dataclasses.fields(MarketConfig):
         assert f"`{field.name}`" in PAGES["docs/market.md"]
+    for field in dataclasses.fields(FeedConfig):
+        assert f"`{field.name}` {field.default}" in PAGES["docs/market.md"]
 
 
 @pytest.mark.parametrize("script", [file.name for file in (ROOT / "examples").glob("*.py")])

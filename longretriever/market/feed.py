@@ -61,6 +61,9 @@ class FeedConfig:
         for name, least in {**lowest, "rest_hours": 0.01, "order_taste": 0}.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"feed: {name} is {getattr(self, name)}, expected at least {least}.")
+        for name in ("click", "order"):
+            if np.isnan(getattr(self, name)):
+                raise InputError(f"feed: {name} is nan, expected log-odds.")
         if self.in_mind > _MIND:
             raise InputError(f"feed: in_mind is {self.in_mind}, expected at most {_MIND}.")
 
@@ -121,7 +124,7 @@ class Feed:
         """
         if not 0 <= day < _DAYS:
             raise InputError(f"day {day}: expected 0 to {_DAYS - 1}.")
-        c = self.config
+        c, users = self.config, np.asarray(users, np.int64)
         spread = c.visit_spread * self.market._normal("visit rate", users) - 0.5 * c.visit_spread**2
         count = _poisson(c.visits * np.exp(spread), self.market._draw("visits", users * _DAYS + day), _VISITS)
         number = (users[:, None] * _DAYS + day) * _VISITS + np.arange(_VISITS)
@@ -200,24 +203,40 @@ class Feed:
 
 
 class _Fading:
-    """Counts that fade by half in `half` seconds, by key. Held as of `zero`, where they were larger."""
+    """Counts that fade by half in `half` seconds, by key.
+
+    Each is held as of `since`, the whole half times from `zero` to when it was last added to: held as of
+    `zero`, counts would overflow after 1,023 half times. Whatever is added together, the bits are the same.
+    """
 
     def __init__(self, half: float, zero: float) -> None:
         self.half, self.zero = half, zero
-        self.key, self.count = np.empty(0, np.int64), np.empty(0)
+        self.key, self.since = np.empty(0, np.int64), np.empty(0, np.int32)
+        self.count: np.ndarray = np.empty(0)
 
     def of(self, key: np.ndarray, at: np.ndarray) -> np.ndarray:
         """[n] what is left of the count of each key."""
         there, place = _within(self.key, key)
+        place, (whole, part) = place[there], self._clock(at[there])
         found = np.zeros(len(key))
-        found[there] = self.count[place[there]]
-        return found * np.exp2(-(at - self.zero) / self.half)
+        found[there] = np.ldexp(self.count[place] / part, self.since[place] - whole)
+        return found
 
     def add(self, key: np.ndarray, at: np.ndarray) -> None:
         """Count each key once more."""
         self.key, place = np.unique(np.concatenate([self.key, key]), return_inverse=True)
-        added = np.concatenate([self.count, np.exp2((at - self.zero) / self.half)])
+        whole, part = self._clock(at)
+        since = np.concatenate([self.since, whole])
+        self.since = np.full(len(self.key), np.iinfo(np.int32).min, np.int32)
+        np.maximum.at(self.since, place, since)
+        added = np.ldexp(np.concatenate([self.count, part]), since - self.since[place])
         self.count = np.bincount(place, added, minlength=len(self.key))
+
+    def _clock(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] int32 whole half times since `zero`, and 2 to the power of the rest, 1 to 2."""
+        halves = (at - self.zero) / self.half
+        whole = np.floor(halves)
+        return whole.astype(np.int32), np.exp2(halves - whole)
 
 
 def _within(known: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

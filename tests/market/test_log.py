@@ -63,6 +63,10 @@ def same_user(log: Log) -> np.ndarray:
         ({"seed": -1}, "seed is -1, expected at least 0"),
         ({"sharpness": float("nan")}, "sharpness is nan, expected at least 0"),
         ({"end": 1_000}, "expected a time within 1970-2099"),
+        ({"quality": -0.1}, "quality is -0.1, expected at least 0"),
+        ({"thrift": -1}, "thrift is -1, expected at least 0"),
+        ({"item_days": -7}, "item_days is -7, expected at least 0"),
+        ({"item_days": float("nan")}, "item_days is nan, expected at least 0"),
     ],
 )
 def test_an_impossible_market_is_refused_with_the_reason(fields: dict[str, float], message: str) -> None:
@@ -513,6 +517,170 @@ def test_ids_tell_nothing_of_style_or_popularity(medium: tuple[Market, Log]) -> 
     for c in range(0, market.config.categories, 20):
         items = np.sort(market.items_of(c))
         assert abs(np.corrcoef(np.arange(len(items)), popular[items])[0, 1]) < 4.5 / np.sqrt(len(items))
+
+
+# -- what items are worth
+
+
+@pytest.fixture(scope="module")
+def priced() -> tuple[Market, Log]:
+    """Items differ in worth and nothing comes back, so that a purchase has the chance buy * exp(worth)."""
+    config = MarketConfig.of_size(200_000, seed=4, quality=0.6, thrift=0.4, repeat=0.0, buy=0.05, cart=0.1)
+    return Market(config), Market(config).log(0, config.users)
+
+
+def test_worth_decides_about_carts_and_purchases_and_nothing_else(priced: tuple[Market, Log]) -> None:
+    market, log = priced
+    worth = market.worth(log.user, log.item)
+    for kinds, share in ((("buy",), 0.05), (("buy", "cart"), 0.15)):
+        found = np.isin(log.kind, [BEHAVIORS.index(kind) for kind in kinds])
+        chance = np.minimum(1, share * np.exp(worth))
+        for part in (worth < -0.8, (worth >= -0.8) & (worth < 0), (worth >= 0) & (worth < 0.8), worth > 0.8):
+            assert part.sum() > 5_000
+            spread = np.sqrt((chance * (1 - chance))[part].sum())
+            assert abs((found - chance)[part].sum()) < 4 * spread
+        top = worth > 0.8
+        assert found[top].mean() > 2 * share
+    plain = Market(dataclasses.replace(market.config, quality=0, thrift=0)).log(0, 100)
+    for column, expected in zip(plain[:4], market.log(0, 100)[:4], strict=True):
+        np.testing.assert_array_equal(column, expected)
+
+
+def test_quality_and_thrift_have_the_stated_spread(priced: tuple[Market, Log]) -> None:
+    market, log = priced
+    quality = market.quality_of(np.arange(market.config.items))
+    assert quality.mean() == pytest.approx(0, abs=0.03)
+    assert quality.std() == pytest.approx(0.6, rel=0.04)
+    thrift = market.thrift_of(np.arange(market.config.users))
+    assert 0 <= thrift.min() < 0.02
+    assert 0.78 < thrift.max() < 0.8
+    assert thrift.mean() == pytest.approx(0.4, rel=0.05)
+
+    band, minds = market.price_bands_of(log.item), market.thrift_of(log.user)
+    worth = market.worth(log.user, log.item) - market.quality_of(log.item)
+    np.testing.assert_allclose(worth, -minds * (band - 2))
+    bought = log.kind == BEHAVIORS.index("buy")
+
+    def dear_to_cheap(who: np.ndarray) -> float:
+        return float(bought[who & (band == 4)].mean() / bought[who & (band == 0)].mean())
+
+    assert dear_to_cheap(minds > 0.6) < 0.15 < 0.4 < dear_to_cheap(minds < 0.2)
+
+
+def test_without_worth_all_items_are_bought_alike(medium: tuple[Market, Log]) -> None:
+    market, log = medium
+    assert not market.worth(log.user[:1_000], log.item[:1_000]).any()
+    assert not market.quality_of([0, 1]).any()
+    assert not market.thrift_of([0, 1]).any()
+
+
+# -- items that come and go
+
+
+@pytest.fixture(scope="module")
+def passing() -> tuple[Market, Log]:
+    """Few users with long lives among few items, of which a quarter is on offer: some styles have none."""
+    config = MarketConfig(20_000, 20, items=240, categories=6, days=60, seed=5, styles=8, most=2_000)
+    market = Market(dataclasses.replace(config, item_days=20))
+    return market, market.log(0, 20)
+
+
+@pytest.mark.parametrize(("days", "item_days"), [(60, 20.0), (60, 0.5), (30, 300.0)])
+def test_the_same_share_of_the_items_is_on_offer_at_all_times(days: float, item_days: float) -> None:
+    market = Market(MarketConfig(1_000, 10, items=30_000, categories=5, days=days, item_days=item_days))
+    share = item_days / (days + item_days)
+    for at in np.linspace(market.config.start, market.config.end, 7):
+        found = market.on_offer(np.arange(30_000), at).mean()
+        assert abs(found - share) < 4.5 * np.sqrt(share * (1 - share) / 30_000)
+
+
+def test_an_item_comes_once_and_stays_as_long_as_asked() -> None:
+    market = Market(MarketConfig(1_000, 10, items=500, categories=5, days=60, item_days=20))
+    at = np.arange(market.config.start - 21 * DAY, market.config.end + 21 * DAY, DAY / 4)
+    offered = market.on_offer(np.arange(500)[:, None], at[None])
+    assert (np.abs(np.diff(offered.astype(int), axis=1)).sum(axis=1) == 2).all()
+    assert set(offered.sum(axis=1).tolist()) <= {79, 80, 81}
+    always = Market(MarketConfig(1_000, 10, items=500, categories=5))
+    assert always.on_offer(np.arange(500)[:, None], at[None]).all()
+
+
+@pytest.mark.parametrize(("items", "least"), [(4_000, 0.75), (40_000, 0.95)])
+def test_most_new_choices_are_on_offer(items: int, least: float) -> None:
+    """Of half the items, looking by style; a style of few items may have none on offer."""
+    config = MarketConfig.of_size(100_000, seed=2, items=items, repeat=0.0, days=60, item_days=60.0)
+    log = Market(config).log(0, config.users)
+    assert Market(config).on_offer(log.item, log.time).mean() > least
+    always = Market(dataclasses.replace(config, item_days=0.0)).log(0, config.users)
+    assert Market(config).on_offer(always.item, always.time).mean() == pytest.approx(0.5, abs=0.05)
+    for name in ("user", "category", "time", "kind"):
+        np.testing.assert_array_equal(getattr(log, name), getattr(always, name))
+
+
+def test_what_is_on_offer_is_chosen_with_the_stated_chances(passing: tuple[Market, Log]) -> None:
+    market, log = passing
+    chances, chosen, items = item_choices(market, log, every=5)
+    assert surprise(chances, chosen) < 4
+    expected, variance, found = np.zeros(240), np.zeros(240), np.zeros(240)
+    for p, c, numbers in zip(chances, chosen, items, strict=True):
+        expected[numbers] += p
+        variance[numbers] += p * (1 - p)
+        found[numbers[c]] += 1
+    assert 0.6 < ((found - expected) ** 2 / variance).mean() < 1.4
+    always = Market(dataclasses.replace(market.config, item_days=0.0))
+    careless, chosen_10th, _ = item_choices(always, log, every=10)
+    gain = [np.log(p[c] / q[c]) for p, q, c in zip(chances[::2], careless, chosen_10th, strict=True)]
+    assert np.mean(gain) > 0.2  # nats of a choice, by knowing what is on offer
+
+
+def test_looking_again_finds_each_item_as_often_as_stated(passing: tuple[Market, Log]) -> None:
+    """Each style by itself, where all, some or none of its items are on offer."""
+    market, _ = passing
+    G, looks, at = market.config.styles, 20_000, market.config.end - 30.0 * DAY
+    kinds = set()
+    for category in range(6):
+        items = market.items_of(category)
+        style, p = market.style_of(items), market.next_item(3, category, at)
+        assert p.sum() == pytest.approx(1, abs=1e-6)
+        for g in np.unique(style):
+            mine = items[style == g]
+            event = np.arange(looks) + looks * (category * G + g)
+            drawn = market._by_rank(np.full(looks, category * G + g), event, np.full(looks, at))
+            found = (drawn[:, None] == mine).sum(axis=0)
+            expected = looks * p[style == g] / p[style == g].sum()
+            assert found.sum() == looks
+            assert (np.abs(found - expected) < 5 * np.sqrt(expected) + 1).all()
+            kinds.add((bool(market.on_offer(mine, at).any()), bool(market.on_offer(mine, at).all())))
+    assert kinds >= {(False, False), (True, False)}
+
+
+def test_chances_add_up_whatever_is_on_offer(passing: tuple[Market, Log]) -> None:
+    market, _ = passing
+    for at in np.linspace(market.config.start - 30 * DAY, market.config.end + 30 * DAY, 12):
+        for category in range(6):
+            items = market.items_of(category)
+            assert market.next_item(1, category, at).sum() == pytest.approx(1, abs=1e-6)
+            assert market.next_item(1, category, at, items[:3]).sum() == pytest.approx(1, abs=1e-6)
+    nothing = market.config.end + 30 * DAY  # all are gone, so the last of eight looks stands
+    always = Market(dataclasses.replace(market.config, item_days=0.0))
+    np.testing.assert_allclose(market.next_item(1, 2, nothing), always.next_item(1, 2, nothing), rtol=1e-6)
+
+
+# -- a choice of category by itself
+
+
+def test_choices_are_those_of_the_log_and_of_the_interests(medium: tuple[Market, Log]) -> None:
+    market, log = medium
+    first = np.flatnonzero(np.append(True, ~same_user(log)))
+    chosen = market.choices(log.user[first], log.time[first], first)
+    np.testing.assert_array_equal(chosen, log.category[first])
+    rng = np.random.default_rng(0)
+    for user in (0, 77):
+        at = market.config.end - 20.0 * DAY
+        number = market.config.events + rng.integers(10**12, size=20_000)
+        found = market.choices(np.full(20_000, user), np.full(20_000, at), number)
+        expected = 20_000 * market.interests(user, at)
+        count = np.bincount(found, minlength=market.config.categories)
+        assert (np.abs(count - expected) < 4.5 * np.sqrt(expected) + 2).all()
 
 
 def test_unknown_numbers_are_refused(small: tuple[Market, Log]) -> None:
