@@ -204,7 +204,8 @@ class _Fading:
 
     def __init__(self, half: float, zero: float) -> None:
         self.half, self.zero = half, zero
-        self.key, self.count = np.empty(0, np.int64), np.empty(0)
+        self.key: np.ndarray = np.empty(0, np.int64)
+        self.count: np.ndarray = np.empty(0)  # float64
 
     def of(self, key: np.ndarray, at: np.ndarray) -> np.ndarray:
         """[n] what is left of the count of each key."""
