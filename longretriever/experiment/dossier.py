@@ -15,35 +15,38 @@ from typing import Any
 
 from longretriever.evaluate.report import SHORT
 from longretriever.experiment import page, plots
-from longretriever.experiment.page import Block, Cell, Code, Plots, Points, Section, Table, Text
-from longretriever.experiment.runs import PARTS, SURE, exchanges, is_accuracy, main_metric, write_whole
+from longretriever.experiment.page import (
+    NONE,
+    Block,
+    Cell,
+    Code,
+    Plots,
+    Points,
+    Section,
+    Table,
+    Text,
+    digits,
+    facts,
+    handfuls,
+    many,
+    probability,
+)
+from longretriever.experiment.runs import PARTS, SURE, exchanges, is_accuracy, main_metric
 
 Result = Mapping[str, Any]
 Part = tuple[str, str]
-NONE = "–"
-LINES = 8
-"""As many as can be told apart in one picture."""
 
 
 def write(result: Result, out: str | os.PathLike[str]) -> list[Path]:
     """Write the three files into the folder `out`, and return their paths.
 
-    Raises `MissingExtra` without the packages for the page, after the other two are written;
-    `page.need_extra` says so before an experiment begins.
+    Raises `MissingExtra` as `page.write` does.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("results.json", "report.md", "report.html")]
-    data = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(files[0], data.encode())
-    title, made = title_of(result), sections(result)
-    write_whole(files[1], page.markdown(title, made).encode())
-    write_whole(files[2], page.html(title, made).encode())
-    return files
+    return page.write(out, result, title_of(result), sections(result))
 
 
 def title_of(result: Result) -> str:
-    return f"{_many(len(result['arms']), 'system')} on a log of {result['data']['events']:,} events"
+    return f"{many(len(result['arms']), 'system')} on a log of {result['data']['events']:,} events"
 
 
 def sections(result: Result) -> list[Section]:
@@ -72,10 +75,10 @@ def _in_short(result: Result) -> Iterator[Block]:
     yield Text(
         f"Learned from {data['train_events']:,} events of {data['users']:,} users with "
         f"{data['train_items']:,} items in {data['categories']:,} categories; asked about what came after. "
-        f"Each learned system was trained with {_many(len(plan['seeds']), 'seed')}, {_bounds(plan)}."
+        f"Each learned system was trained with {many(len(plan['seeds']), 'seed')}, {_bounds(plan)}."
     )
     if result["failed"]:
-        yield Text(f"{_many(len(result['failed']), 'run')} failed; the figures are without them. See below.")
+        yield Text(f"{many(len(result['failed']), 'run')} failed; the figures are without them. See below.")
     rows = [
         (name, [*(_figure(result, name, part, metric) for part in PARTS), Cell(arm["about"], prose=True)])
         for name, arm in result["arms"].items()
@@ -147,12 +150,12 @@ def _compared(result: Result, row: Mapping[str, Any]) -> tuple[str, list[Cell]]:
     ours, theirs = (result["arms"][row[who]][protocol][part][metric] for who in ("arm", "against"))
     agree = sum(difference * row["difference"] > 0 for difference in seeds)
     texts = (
-        _digits(ours),
-        _digits(theirs),
+        digits(ours),
+        digits(theirs),
         _signed(row["difference"]),
         " to ".join(_signed(end) for end in row["interval"]),
-        _p(row["p"]),
-        _p(row["p_holm"]),
+        probability(row["p"]),
+        probability(row["p_holm"]),
         f"{agree} of {len(seeds)}" if len(seeds) > 1 else NONE,
     )
     said = {"more": "finds more", "less": "finds less", "undecided": "not told apart"}[row["found"]]
@@ -173,8 +176,8 @@ def _by_history(result: Result) -> Iterator[Block]:
         return
     yield Text(f"{_label(metric)} of requests by how many events the user had before them.")
     names = list(arms)
-    for at in range(1, max(len(names), 2), LINES - 1):  # the first system among each handful of others
-        shown, panels = [names[0], *names[at : at + LINES - 1]], []
+    for shown in handfuls(names):
+        panels = []
         for part, of_part in spans.items():
             lines = [found[name, part] for name in shown]
             title = f"{_part(part)}, {_label(metric)} by history"
@@ -182,7 +185,7 @@ def _by_history(result: Result) -> Iterator[Block]:
         yield Plots(panels, legend=shown)
     columns = [(part, span) for part, of_part in spans.items() for span in of_part]
     head = [(_part(part), f"{span} ({spans[part][span]:,})") for part, span in columns]
-    rows = [(name, [Cell(_digits(found[name, part][span])) for part, span in columns]) for name in arms]
+    rows = [(name, [Cell(digits(found[name, part][span])) for part, span in columns]) for name in arms]
     yield Table("system", head, rows, "The same in figures, and the number of requests", folded=True)
 
 
@@ -234,12 +237,12 @@ def _cost(result: Result) -> Iterator[Block]:
     )
     arms, head = result["arms"], []
     cells: dict[str, list[Cell]] = {name: [] for name in arms}
-    for label, read, digits in _COSTS:
+    for label, read, form in _COSTS:
         found = {n: [v for one in arm["learning"] if (v := read(one)) is not None] for n, arm in arms.items()}
         if any(found.values()):
             head.append(("", label))
             for name, values in found.items():
-                cells[name].append(Cell(format(sum(values) / len(values), digits) if values else NONE))
+                cells[name].append(Cell(format(sum(values) / len(values), form) if values else NONE))
     for name, arm in arms.items():
         ended = {why for one in arm["learning"] if (why := one.get("training", {}).get("ended"))}
         cells[name].append(Cell(f"{sum(arm['answer_ms']) / len(arm['answer_ms']):.2f}"))
@@ -292,7 +295,7 @@ def _how_to_read(result: Result) -> Iterator[str]:
 
 def _made(result: Result) -> Iterator[Block]:
     made, plan, data = result["made"], result["plan"], result["data"]
-    facts = {
+    known = {
         "command": made["command"],
         "date": made["date"],
         "seeds of trainings": ", ".join(map(str, plan["seeds"])),
@@ -303,7 +306,7 @@ def _made(result: Result) -> Iterator[Block]:
         "store of the whole log": made["stores"]["full"],
         "store learned from": made["stores"]["train"],
     }
-    yield Table("", [("", "")], [(name, [_said(value)]) for name, value in facts.items() if value != ""])
+    yield facts(known)
     machines = made["environments"]
     if len(machines) > 1:
         yield Text(f"The runs were made in {len(machines)} environments: compare times with care.")
@@ -333,12 +336,12 @@ def _figure(result: Result, name: str, part: Part, metric: str) -> Cell:
     if figures.get(metric) is None:
         return Cell(NONE)
     low, high = figures["intervals"][metric]
-    small = [f"±{_digits((high - low) / 2)}"]
+    small = [f"±{digits((high - low) / 2)}"]
     if metric in figures["sd"]:
-        small.append(f"sd {_digits(figures['sd'][metric])}")
-    text = _digits(figures[metric])
+        small.append(f"sd {digits(figures['sd'][metric])}")
+    text = digits(figures[metric])
     best = max(_of(arm, part).get(metric) or 0 for arm in result["arms"].values())
-    is_best = is_accuracy(metric) and best > 0 and text == _digits(best) and len(result["arms"]) > 1
+    is_best = is_accuracy(metric) and best > 0 and text == digits(best) and len(result["arms"]) > 1
     return Cell(text, tuple(small), is_best)
 
 
@@ -364,27 +367,13 @@ def _label(metric: str) -> str:
     return metric.replace("recall@", "R@").replace("ndcg", "NDCG").replace("mrr", "MRR")
 
 
-def _digits(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return f"{value:.1f}" if value >= 10 else f"{value:.3f}".removeprefix("0")
-
-
 def _signed(value: float) -> str:
-    text = _digits(abs(value))
-    return text if text == _digits(0) else f"{'+' if value > 0 else '−'}{text}"
-
-
-def _p(value: float) -> str:
-    return "< .001" if value < 0.001 else _digits(value)
+    text = digits(abs(value))
+    return text if text == digits(0) else f"{'+' if value > 0 else '−'}{text}"
 
 
 def _mega(size: float | None) -> float | None:
     return None if size is None else size / 1e6
-
-
-def _many(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def _bounds(plan: Mapping[str, Any]) -> str:

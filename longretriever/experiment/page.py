@@ -7,15 +7,24 @@ matplotlib are imported (`longretriever[report]`); Markdown needs neither, and h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from longretriever.errors import MissingExtra
 from longretriever.experiment.plots import GLYPHS
+from longretriever.experiment.runs import write_whole
+
+NONE = "–"
+"""Stands where there is no figure."""
+
+LINES = 8
+"""As many as can be told apart in one picture."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,24 @@ class Section:
         return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
 
 
+def write(
+    folder: str | os.PathLike[str], result: Mapping[str, Any], title: str, sections: Sequence[Section]
+) -> list[Path]:
+    """Write `results.json`, `report.md` and `report.html` into a folder, and return their paths.
+
+    Raises `MissingExtra` without the packages for the page, after the other two are written;
+    `need_extra` says so before an experiment begins.
+    """
+    into = Path(folder)
+    into.mkdir(parents=True, exist_ok=True)
+    files = [into / name for name in ("results.json", "report.md", "report.html")]
+    data = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(files[0], data.encode())
+    write_whole(files[1], markdown(title, sections).encode())
+    write_whole(files[2], html(title, sections).encode())
+    return files
+
+
 def need_extra() -> None:
     """Raises `MissingExtra` where a page could not be made."""
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
@@ -160,3 +187,32 @@ def _plain(text: str) -> str:
     for character in "\\|*_`<[#":
         text = text.replace(character, f"\\{character}")
     return text
+
+
+# -- what all reports say alike
+
+
+def facts(of: Mapping[str, Any]) -> Table:
+    """Names and what stands for them, which may be long."""
+    rows = [(name, [Cell(str(value), prose=True)]) for name, value in of.items() if value != ""]
+    return Table("", [("", "")], rows)
+
+
+def handfuls(names: Sequence[str], most: int = LINES) -> Iterator[list[str]]:
+    """The first name beside all others, `most` at a time."""
+    for at in range(1, max(len(names), 2), most - 1):
+        yield [names[0], *names[at : at + most - 1]]
+
+
+def digits(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}".removeprefix("0")
+
+
+def probability(value: float | None) -> str:
+    return "< .001" if value is not None and value < 0.001 else digits(value)
+
+
+def many(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"

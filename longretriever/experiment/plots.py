@@ -58,9 +58,7 @@ def by_history(lines: Sequence[Mapping[str, float | None]], spans: Sequence[str]
 
     def draw(axes: Axes) -> None:
         for n, line in enumerate(lines):
-            found = [(x, v) for x, span in enumerate(spans) if (v := line.get(span)) is not None]
-            at, values = [x for x, _ in found], [v for _, v in found]
-            axes.plot(at, values, MARKERS[n % 8], color=_SERIES[n % 8], linestyle=_dash(n), markersize=6)
+            _line(axes, n, range(len(spans)), [line.get(span) for span in spans])
         axes.set_xticks(range(len(spans)), spans)
         axes.set_xlim(-0.3, len(spans) - 0.7)
         axes.set_ylim(bottom=0)
@@ -68,6 +66,21 @@ def by_history(lines: Sequence[Mapping[str, float | None]], spans: Sequence[str]
         axes.set_xlabel("events of history")
 
     return _svg(draw, title, 3.0)
+
+
+def by_day(lines: Sequence[Sequence[float | None]], title: str) -> str:
+    """One line for each arm: a figure on each day, from day 1; the axis begins where the values do."""
+    days = range(1, 1 + max(len(line) for line in lines))
+
+    def draw(axes: Axes) -> None:
+        for n, line in enumerate(lines):
+            _line(axes, n, days, line)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlim(0.7, len(days) + 0.3)
+        axes.grid(axis="y")
+        axes.set_xlabel("day of the test")
+
+    return _svg(draw, title, 2.6)
 
 
 def curves(by_seed: Sequence[Sequence[Sequence[float]]], title: str) -> str:
@@ -84,6 +97,13 @@ def curves(by_seed: Sequence[Sequence[Sequence[float]]], title: str) -> str:
         axes.set_ylabel("nats below chance")
 
     return _svg(draw, title, 2.6)
+
+
+def _line(axes: Axes, n: int, at: Sequence[int], values: Sequence[float | None]) -> None:
+    """The n-th line of a picture, over what has no value straight to the next."""
+    found = [(x, v) for x, v in zip(at, values, strict=False) if v is not None]
+    x, y = [x for x, _ in found], [v for _, v in found]
+    axes.plot(x, y, MARKERS[n % 8], color=_SERIES[n % 8], linestyle=_dash(n), markersize=6)
 
 
 def _dash(n: int) -> Any:
