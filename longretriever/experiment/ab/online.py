@@ -7,7 +7,7 @@ shown something. Axes: U users, R routes or resamples, F flips, M figures, X imp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -206,9 +206,3 @@ def _difference(apart_F2M: np.ndarray, sums: Sequence[np.ndarray]) -> np.ndarray
     above, below = apart_F2M[:, :M], apart_F2M[:, M:]
     with np.errstate(divide="ignore", invalid="ignore"):
         return (sums[0] + above) / (sums[1] + below) - (sums[0] - above) / (sums[1] - below)
-
-
-def in_words(row: Mapping[str, Any]) -> str:
-    """ "+3.1%", with a star where chance alone would hardly bring it."""
-    star = "*" if row["p_holm"] < 0.05 else ""
-    return "–" if np.isnan(row["lift"]) else f"{100 * row['lift']:+.1f}%{star}"

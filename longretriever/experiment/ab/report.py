@@ -248,9 +248,7 @@ def _made(result: Result) -> Iterator[Block]:
     for what, config in parts.items():
         yield _code(f"Configuration of the {what}", config)
     for name, config in result["routes"].items():
-        learn, counted, load = config
-        known = {"learns": learn, "counted": counted, "asked": load}
-        yield _code(f"Configuration of route {name}", {key: value for key, value in known.items() if value})
+        yield _code(f"Configuration of route {name}", {key: value for key, value in config.items() if value})
 
 
 def _code(title: str, value: Any) -> Code:

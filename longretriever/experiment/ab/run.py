@@ -16,7 +16,7 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
@@ -40,7 +40,7 @@ from longretriever.experiment.ab.ranking import Features, Ranker, Statistics, le
 from longretriever.experiment.ab.routes import Learned
 from longretriever.experiment.apart import learn_apart
 from longretriever.experiment.plan import described
-from longretriever.experiment.runs import Learn, alone, environment, write_whole
+from longretriever.experiment.runs import SURE, Learn, alone, environment, write_whole
 from longretriever.market import Log, Market, MarketConfig
 from longretriever.market.feed import Feed
 from longretriever.market.log import BEHAVIORS
@@ -245,8 +245,7 @@ class Test:
             if day == self.days[0]:
                 journal = _journal(self.path, arm)
                 if not journal.exists():
-                    shutil.copyfile(_journal(self.path, None), journal.with_suffix(".partial"))
-                    os.replace(journal.with_suffix(".partial"), journal)
+                    _copied(_journal(self.path, None), journal)
             if self._last_training(day) == day:
                 store = self._store(arm, day)
                 if not store.exists():
@@ -336,9 +335,7 @@ class Test:
                 for arm in plan.arms
             },
             "comparisons": corrected(rows),
-            "routes": {
-                route.name: described([route.learn, route.counted, route.load]) for route in plan.routes
-            },
+            "routes": {route.name: _told(route) for route in plan.routes},
             "made": {
                 "command": command,
                 "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -352,6 +349,14 @@ class Test:
         return {name: [online.value(day[name]) for day in days] for name in online.FIGURES}
 
 
+def _told(route: Route) -> dict[str, Any]:
+    made = {"learns": described(route.learn), "counted": described(route.counted)}
+    return {name: what for name, what in made.items() if what} | {
+        "asked": described(route.load),
+        "k": route.k,
+    }
+
+
 def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with `p_holm`, corrected for the number of all these comparisons, and what was `found`."""
     p = np.array([row["p"] for row in rows])
@@ -360,7 +365,8 @@ def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     holm[real] = metrics.holm(p[real])
     for row, one in zip(rows, holm, strict=True):
         row["p_holm"] = float(one)
-        row["found"] = "undecided" if not one < 0.05 else "more" if row["lift"] > 0 else "less"
+        more = row["treatment"] > row["control"]
+        row["found"] = "undecided" if not one < SURE else "more" if more else "less"
     return rows
 
 
@@ -373,7 +379,7 @@ def _live(plan: Plan, world: World, arm: Arm | None, day: int, knows: Knowledge)
     store = Store.open(world.store)
     with closing(Journal(_journal(world.folder, arm))) as journal:
         market, users = _market(plan.market), _users(plan)
-        _organic(market, journal, users, plan.begin + day * SECONDS_PER_DAY)
+        _by_themselves(market, journal, users, plan.begin + day * SECONDS_PER_DAY)
         of = arm or plan.arms[0]
         numbering = Numbering.of(store, plan.market.items)
         statistics = Statistics(*(counts[numbering.market_of] for counts in vars(knows.statistics).values()))
@@ -390,6 +396,9 @@ def _live(plan: Plan, world: World, arm: Arm | None, day: int, knows: Knowledge)
             plan.draw,
             warming_up=arm is None,
         )
+        log = _log(market)
+        known = (log.time >= plan.begin) & (log.time < plan.begin + day * SECONDS_PER_DAY)
+        platform.feed.meets(log.user[known], log.item[known])
         for before in range(day):
             past = arm if before >= plan.platform.warm_up else None
             platform.remember(read_day(_file(world.folder, past, before)).shown)
@@ -410,7 +419,7 @@ def _users(plan: Plan) -> np.ndarray:
     return Test(plan, Path(), learn_apart, lambda _: None, None).users
 
 
-def _organic(market: Market, journal: Journal, users: np.ndarray, midnight: int) -> None:
+def _by_themselves(market: Market, journal: Journal, users: np.ndarray, midnight: int) -> None:
     """What the users of the test do by themselves on the day that begins then, put into the journal."""
     log = _log(market)
     today = (log.time >= midnight) & (log.time < midnight + SECONDS_PER_DAY) & np.isin(log.user, users)
@@ -434,6 +443,15 @@ def _finder(route: Route, world: World) -> Finder:
 
 
 # -- files
+
+
+def _copied(journal: Path, out: Path) -> None:
+    """Whole, also what a process that was killed has left beside the file."""
+    partial = out.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    with closing(sqlite3.connect(journal)) as source, closing(sqlite3.connect(partial)) as target:
+        source.backup(target)
+    os.replace(partial, out)
 
 
 def _slug(arm: Arm | None) -> str:
