@@ -633,11 +633,8 @@ def ablations(
         print_json(result)
     else:
         _show_arms(result["arms"], main_metric(chosen_k))
-        out.print("\nWritten: " + ", ".join(str(file) for file in written), highlight=False)
-    if result["failed"]:
-        for failure in result["failed"]:
-            err.print(f"[bold red]failed:[/] {escape(str(failure))}", highlight=False)
-        raise typer.Exit(1)
+        _say_written(written)
+    _say_failed(result["failed"])
 
 
 @experiment.command()
@@ -678,6 +675,71 @@ def leak(
         print_json(result)
     else:
         out.print(table(result))
+
+
+@experiment.command()
+def replay(
+    events: Events,
+    path: Annotated[Path, typer.Option("--out", help="Folder for the report, and for what it is made of.")],
+    items: Items = None,
+    users: Users = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A route, by its name; at least two. Default: the usual eight.")
+    ] = None,
+    horizon: Annotated[float, typer.Option(help="Days after the request that count as next.")] = 1.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 3,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training of each model at most.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of each training at most.")] = None,
+    split: Annotated[float, typer.Option(help="Share of the events, by time, to learn from.")] = 0.9,
+    k: Annotated[str, typer.Option("--k", help="Items of each route's list, comma-separated.")] = "200",
+    column: Columns = None,
+    item_column: ItemColumns = None,
+    user_column: UserColumns = None,
+    time_unit: TimeUnit = None,
+    max_rejected: MaxRejected = 0.01,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of stores, models and lists; default: work in the report's.")
+    ] = None,
+    seed: Seed = 1,
+    as_json: Json = False,
+) -> None:
+    """Replay retrieval routes over the log: which alone finds what users did next? Writes a report."""
+    from longretriever.experiment.page import need_extra
+    from longretriever.experiment.replay import replay as run
+    from longretriever.experiment.replay import routes
+    from longretriever.experiment.replayed import tables, write
+
+    need_extra()
+    with training_bar() as trained:
+        result = run(
+            events,
+            routes(only),
+            work=work or path / "work",
+            items=items,
+            users=users,
+            seeds=tuple(range(seed, seed + seeds)),
+            minutes=minutes,
+            samples=samples,
+            quantile=split,
+            k=[_integer(n, "--k") for n in k.split(",")],
+            horizon=horizon,
+            reading=_reading(
+                column, item_column, user_column, time_unit, max_rejected, memory_limit, threads
+            ),
+            said=_say,
+            trained=trained,
+            planned=lambda done, total: _say(f"{done} of {total} done"),
+            command=shlex.join(["longretriever", *sys.argv[1:]]),
+        )
+    written = write(result, path)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(tables(result))
+        _say_written(written)
+    _say_failed(result["failed"])
 
 
 @app.command()
@@ -751,6 +813,18 @@ def _show_arms(arms: Mapping[str, Any], metric: str) -> None:
         cells = [figures[protocol][part][metric] for protocol, part in columns]
         grid.add_row(name, *["–" if c is None else f"{c:.3f}".removeprefix("0") for c in cells])
     out.print(grid)
+
+
+def _say_written(files: Sequence[Path]) -> None:
+    out.print("\nWritten: " + ", ".join(map(str, files)), highlight=False)
+
+
+def _say_failed(runs: Sequence[Mapping[str, Any]]) -> None:
+    """What of an experiment failed, which is an error although there is a report."""
+    for failure in runs:
+        err.print(f"[bold red]failed:[/] {escape(str(failure))}", highlight=False)
+    if runs:
+        raise typer.Exit(1)
 
 
 # -- what options mean

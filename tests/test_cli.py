@@ -378,6 +378,45 @@ def test_an_experiment_writes_its_report_and_goes_on(command, workspace):
     assert again["arms"]["recent"]["live"] == result["arms"]["recent"]["live"]
 
 
+def test_a_replay_says_which_route_alone_found_what(command, workspace):
+    words = ("experiment", "replay", "--events", "market/events.parquet", "--out", "replay", "--seeds", 1)
+    routes = [word for name in ("recent", "popular", "EBR") for word in ("--only", name)]
+    said = command(*words, *routes, "--k", "5,20", "--samples", 300, "--horizon", 7)
+    assert said.code == 0, said.err
+    says(
+        said, r"ALL, 5 items a route: [0-9,]+ requests, [0-9,]+ items met within 7 days", r"all together +\d"
+    )
+    assert "replay/report.html" in said.out
+    assert "EBR, seed 1: learning" in said.err
+    result = json.loads((workspace / "replay" / "results.json").read_text())
+    assert list(result["found"]["20"]["all"]["routes"]) == ["EBR", "recent", "popular"]
+    assert result["made"]["command"].startswith("longretriever experiment replay --events market")
+    two = ("--only", "recent", "--only", "popular", "--work", "replay/work", "--k", 20, "--json")
+    again = command(*words[:-4], "--out", "replay-again", "--seeds", 1, *two)
+    assert "2 of 2 runs were finished before and are skipped: recent; popular" in again.err
+    assert again.json["found"]["20"]["all"]["routes"]["recent"]["next"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--only", "foo", "--only", "EBR"],
+            "route 'foo': expected one of LongRetriever; LongRetriever, paper;",
+        ),
+        (["--only", "EBR"], "a replay of 'EBR' alone, expected two or more routes"),
+        (["--horizon", "-1"], r"the horizon is -1\.0 days, expected 0 or more"),
+        (["--k", "0,5"], r"k is \[0, 5\], expected at least one list length of 1 or more"),
+        (["--k", "5,x"], "--k: 'x' is not a whole number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_of_a_replay(command, options, message):
+    words = ("experiment", "replay", "--events", "market/events.parquet", "--out", "wrong")
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(command(*words, *options).error)
+
+
 def test_other_methods_are_trained_and_asked_by_the_same_commands(command):
     trained = command("train", "store", "--out", "mind", "--method", "mind", "--samples", 300, "--json").json
     assert trained["training"]["samples"] >= 300

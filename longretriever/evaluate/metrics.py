@@ -13,6 +13,7 @@ import numpy as np
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+_ENDS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 _NORMAL_95 = 1.96  # standard deviations
 _SIGNS_AT_ONCE = 1 << 22  # random signs held at once, 32 MB
 
@@ -128,16 +129,46 @@ def interval(
     """
     if len(value_NM) == 0:
         return np.full((2, value_NM.shape[1]), np.nan)
+    return np.quantile(
+        _resampled(value_NM, np.ones((len(value_NM), 1)), user_N, rng, resamples), _ENDS, axis=0
+    )
+
+
+def ratio_interval(
+    part_NM: np.ndarray,
+    whole_NM: np.ndarray,
+    user_N: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> np.ndarray:
+    """[2, M] as `interval`, of ratios: the sum of `part_NM` over all requests by that of `whole_NM`.
+
+    Resamples with nothing to divide by are left out; where the whole is nothing, NaN.
+    """
+    ends_2M = np.full((2, part_NM.shape[1]), np.nan)
+    some_M = whole_NM.sum(axis=0) > 0
+    if some_M.any():
+        ratio_RM = _resampled(part_NM[:, some_M], whole_NM[:, some_M], user_N, rng, resamples)
+        ends_2M[:, some_M] = np.nanquantile(ratio_RM, _ENDS, axis=0)
+    return ends_2M
+
+
+def _resampled(
+    part_NM: np.ndarray, whole_NM: np.ndarray, user_N: np.ndarray, rng: np.random.Generator, resamples: int
+) -> np.ndarray:
+    """[resamples, M] sum by sum, of users drawn with all their requests; `whole_NM` may be one column."""
     _, user_N = np.unique(user_N, return_inverse=True)
-    total_UM = np.stack([np.bincount(user_N, weights=value_N) for value_N in value_NM.T], axis=1)
-    count_U = np.bincount(user_N)
-    n_users = len(count_U)
-    mean_RM = np.empty((resamples, value_NM.shape[1]))
-    for mean_M in mean_RM:
-        times_U = np.bincount(rng.integers(n_users, size=n_users), minlength=n_users)
-        mean_M[:] = times_U @ total_UM / (times_U @ count_U)
-    tail = (1 - CONFIDENCE) / 2
-    return np.quantile(mean_RM, [tail, 1 - tail], axis=0)
+    part_UM, whole_UM = (
+        np.stack([np.bincount(user_N, weights=value_N) for value_N in of_NM.T], axis=1)
+        for of_NM in (part_NM, whole_NM)
+    )
+    n_users = len(part_UM)
+    ratio_RM = np.empty((resamples, part_NM.shape[1]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for ratio_M in ratio_RM:
+            times_U = np.bincount(rng.integers(n_users, size=n_users), minlength=n_users)
+            ratio_M[:] = (times_U @ part_UM) / (times_U @ whole_UM)
+    return ratio_RM
 
 
 def sign_flip(

@@ -97,7 +97,7 @@ def measure_live(
 
     With `new`, pass `requests.only_new()`: the model is told to leave the history out of its lists.
     """
-    lists = _ask(model, split, requests.user, requests.before, max(10, *k), new)
+    lists = ask(model, split, requests.user, requests.before, max(10, *k), new)
     rank = metrics.ranks(lists.item, requests.target)
     metric = {f"recall@{n}": metrics.recall_at(rank, n) for n in sorted({10, *k})}
     metric["mrr"] = metrics.reciprocal_rank(rank)
@@ -117,7 +117,7 @@ def measure_batch(
 
     With `new`, pass `requests.only_new()`: the model is told to leave the history out of its lists.
     """
-    lists = _ask(model, split, requests.user, requests.before, max(SHORT, *k), new)
+    lists = ask(model, split, requests.user, requests.before, max(SHORT, *k), new)
     hit, size = metrics.hits(lists.item, requests.target), metrics.sizes(requests.target)
     metric = {f"recall@{n}": metrics.recall(hit, size, n) for n in sorted(set(k))}
     metric[f"ndcg@{SHORT}"] = metrics.ndcg(hit, size, SHORT)
@@ -219,7 +219,8 @@ def _same_ids(ours: pa.Array, theirs: pa.Array) -> bool:
         return False
 
 
-def _ask(model: Recommender, split: Split, user: np.ndarray, before: np.ndarray, k: int, new: bool) -> Lists:
+def ask(model: Recommender, split: Split, user: np.ndarray, before: np.ndarray, k: int, new: bool) -> Lists:
+    """The model's lists, which are what `Lists` says. Raises `InputError` otherwise."""
     if len(user) == 0:
         return Lists(np.empty((0, k), dtype=np.int64))
     lists = model.recommend(user, before, k, new)

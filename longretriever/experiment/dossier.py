@@ -51,20 +51,20 @@ def title_of(result: Result) -> str:
 
 def sections(result: Result) -> list[Section]:
     """The whole report, in the order in which it is read; sections without content are left out."""
-    made = [
+    all_of_it = [
         Section("In short", list(_in_short(result))),
         Section("Live: asked as it happened", list(_live(result))),
         Section("Batch: one list for all that follows", list(_batch(result))),
         Section("Differences", list(_differences(result))),
         Section("By length of history", list(_by_history(result))),
         Section("The reach of selection", list(_selection(result))),
-        Section("Learning curves", list(_curves(result))),
-        Section("What it cost", list(_cost(result))),
-        Section("What failed", list(_failed(result))),
+        Section("Learning curves", list(curves(result))),
+        Section("What it cost", list(cost(result))),
+        Section("What failed", list(failed(result))),
         Section("How to read this", [Text(text) for text in _how_to_read(result)]),
-        Section("What produced it", list(_made(result))),
+        Section("What produced it", list(made(result))),
     ]
-    return [section for section in made if section.blocks]
+    return [section for section in all_of_it if section.blocks]
 
 
 # -- the sections
@@ -75,7 +75,7 @@ def _in_short(result: Result) -> Iterator[Block]:
     yield Text(
         f"Learned from {data['train_events']:,} events of {data['users']:,} users with "
         f"{data['train_items']:,} items in {data['categories']:,} categories; asked about what came after. "
-        f"Each learned system was trained with {many(len(plan['seeds']), 'seed')}, {_bounds(plan)}."
+        f"Each learned system was trained with {many(len(plan['seeds']), 'seed')}, {bounds(plan)}."
     )
     if result["failed"]:
         yield Text(f"{many(len(result['failed']), 'run')} failed; the figures are without them. See below.")
@@ -99,7 +99,7 @@ def _verdict(result: Result, name: str, metric: str) -> str:
     for found, word in words.items():
         where = [r for r in rows if r["found"] == found]
         if where:
-            named = (f"{_part((r['protocol'], r['part']))} ({_signed(r['difference'])})" for r in where)
+            named = (f"{_part((r['protocol'], r['part']))} ({signed(r['difference'])})" for r in where)
             said.append(f"{word} {', '.join(named)}")
     return f"{name} against {rows[0]['against']}, by {_label(metric)}: {'; '.join(said)}."
 
@@ -152,8 +152,8 @@ def _compared(result: Result, row: Mapping[str, Any]) -> tuple[str, list[Cell]]:
     texts = (
         digits(ours),
         digits(theirs),
-        _signed(row["difference"]),
-        " to ".join(_signed(end) for end in row["interval"]),
+        signed(row["difference"]),
+        " to ".join(signed(end) for end in row["interval"]),
         probability(row["p"]),
         probability(row["p_holm"]),
         f"{agree} of {len(seeds)}" if len(seeds) > 1 else NONE,
@@ -201,22 +201,22 @@ def _selection(result: Result) -> Iterator[Block]:
         yield Table("system", [("", _part(part)) for part in PARTS], rows)
 
 
-def _curves(result: Result) -> Iterator[Block]:
+def curves(result: Result) -> Iterator[Block]:
     sharing: dict[str, list[str]] = {}  # arms of one configuration share their trainings
-    curves: dict[str, list[Any]] = {}
+    of_key: dict[str, list[Any]] = {}
     for name, arm in result["arms"].items():
         of_seeds = [curve for one in arm["learning"] if (curve := one.get("training", {}).get("curve"))]
         if of_seeds:
             key = json.dumps(arm["learns"])
             sharing.setdefault(key, []).append(name)
-            curves[key] = of_seeds
-    if not curves:
+            of_key[key] = of_seeds
+    if not of_key:
         return
     yield Text(
         "How far below chance the loss was on the newest part of what is learned from, which was held out; a "
         "line for each seed. Compare shapes, not heights: what chance is differs from method to method."
     )
-    yield Plots([(", ".join(sharing[key]), partial(plots.curves, curves[key])) for key in curves])
+    yield Plots([(", ".join(sharing[key]), partial(plots.curves, of_key[key])) for key in of_key])
 
 
 _COSTS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None], str], ...] = (
@@ -230,7 +230,7 @@ _COSTS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None], str], ...]
 )
 
 
-def _cost(result: Result) -> Iterator[Block]:
+def cost(result: Result) -> Iterator[Block]:
     yield Text(
         "Means over seeds. Each training ran alone, in a process of its own, whose peak memory is given, "
         "pages of the store among it. Milliseconds a request are of one thread that answers many at once."
@@ -251,7 +251,7 @@ def _cost(result: Result) -> Iterator[Block]:
     yield Table("system", head, list(cells.items()))
 
 
-def _failed(result: Result) -> Iterator[Block]:
+def failed(result: Result) -> Iterator[Block]:
     for one in result["failed"]:
         yield Text(f"{one['arm']}, seed {one['seed']}: {one['why']}")
         if one["told"] != one["why"]:
@@ -293,13 +293,13 @@ def _how_to_read(result: Result) -> Iterator[str]:
         )
 
 
-def _made(result: Result) -> Iterator[Block]:
+def made(result: Result) -> Iterator[Block]:
     made, plan, data = result["made"], result["plan"], result["data"]
     known = {
         "command": made["command"],
         "date": made["date"],
         "seeds of trainings": ", ".join(map(str, plan["seeds"])),
-        "bounds of a training": _bounds(plan),
+        "bounds of a training": bounds(plan),
         "threads of a training": plan["threads"] or "all processors",
         "seed of requests": plan["request_seed"],
         "cut at T": f"{data['T']} ({datetime.fromtimestamp(data['T'], UTC):%Y-%m-%d %H:%M} UTC)",
@@ -311,14 +311,14 @@ def _made(result: Result) -> Iterator[Block]:
     if len(machines) > 1:
         yield Text(f"The runs were made in {len(machines)} environments: compare times with care.")
     names = dict.fromkeys(name for machine in machines for name in machine)
-    rows = [(name, [_said(machine.get(name) or NONE) for machine in machines]) for name in names]
+    rows = [(name, [said(machine.get(name) or NONE) for machine in machines]) for name in names]
     yield Table("", [("", "")] * len(machines), rows)
     for name, arm in result["arms"].items():
         what = {key: arm[key] for key in ("learns", "rival", "asked") if arm[key]}
         yield Code(f"Configuration of {name}", json.dumps(what, indent=1, ensure_ascii=False))
 
 
-def _said(value: Any) -> Cell:
+def said(value: Any) -> Cell:
     return Cell(str(value), prose=True)
 
 
@@ -367,7 +367,7 @@ def _label(metric: str) -> str:
     return metric.replace("recall@", "R@").replace("ndcg", "NDCG").replace("mrr", "MRR")
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     text = digits(abs(value))
     return text if text == digits(0) else f"{'+' if value > 0 else '−'}{text}"
 
@@ -376,10 +376,10 @@ def _mega(size: float | None) -> float | None:
     return None if size is None else size / 1e6
 
 
-def _bounds(plan: Mapping[str, Any]) -> str:
-    bounds = []
+def bounds(plan: Mapping[str, Any]) -> str:
+    given = []
     if plan["minutes"]:
-        bounds.append(f"for at most {plan['minutes']:g} minutes")
+        given.append(f"for at most {plan['minutes']:g} minutes")
     if plan["samples"]:
-        bounds.append(f"from at most {plan['samples']:,} samples")
-    return " and ".join(bounds) or "as long as its own configuration says"
+        given.append(f"from at most {plan['samples']:,} samples")
+    return " and ".join(given) or "as long as its own configuration says"

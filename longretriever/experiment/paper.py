@@ -63,14 +63,14 @@ OURS_TOO = Claim(0, OURS, PAPER, True, "LongRetriever as it comes here brings mo
 
 @dataclass(frozen=True)
 class Sweep:
-    """One property of the world at several values: name, and for each value the fields that make it so."""
+    """One property of the world at several values, and for each the fields that make it so."""
 
     name: str
     values: tuple[tuple[str, Mapping[str, Any]], ...]
 
 
 def sweeps(base: MarketConfig) -> tuple[Sweep, ...]:
-    """How long lives are, how many interests people have, how separate their tastes are, how fast they turn."""
+    """How long lives are, how many interests there are, how separate tastes are, how fast they turn."""
     own = base.moving / max(1e-9, 1 - base.common)
     return (
         Sweep(

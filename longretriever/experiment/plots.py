@@ -53,6 +53,23 @@ def differences(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     return _svg(draw, title, 0.8 + (0.45 if second else 0.3) * len(rows))
 
 
+def dots(rows: Sequence[tuple[str, float, Sequence[float] | None]], title: str) -> str:
+    """One line for each name: a figure from 0 on, and its interval where it has one."""
+
+    def draw(axes: Axes) -> None:
+        axes.locator_params(axis="x", nbins=5)
+        for y, (_, value, interval) in enumerate(rows):
+            if interval is not None:
+                axes.plot(interval, [y, y], color=_SERIES[0], linewidth=2)
+            axes.plot(value, y, "o", color=_SERIES[0], markersize=7)
+        axes.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.grid(axis="x")
+
+    return _svg(draw, title, 0.8 + 0.3 * len(rows))
+
+
 def by_history(lines: Sequence[Mapping[str, float | None]], spans: Sequence[str], title: str) -> str:
     """One line for each arm: a figure by length of history, which `spans` has in order."""
 

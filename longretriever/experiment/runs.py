@@ -18,13 +18,14 @@ import os
 import platform
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -95,16 +96,8 @@ def run(
     plan = Plan(tuple(arms), tuple(seeds), minutes, samples, tuple(k), request_seed, reading.get("threads"))
     if any(arm.learn is not None for arm in arms):
         need_torch()
-    say, folder = said or (lambda _: None), Path(work)
-    with alone(folder):
-        say("reading the log")
-        cut, tables = read_split(events, items, users, quantile, reading)
-        say(f"{cut.full.num_rows:,} events after the filter, {cut.train.num_rows:,} of them to learn from")
-        full, train = (
-            store_of(part, folder / name, tables, reading)
-            for part, name in ((cut.full, "full"), (cut.train, "train"))
-        )
-        bench = Bench(plan, folder, cut, full, train, learn)
+    say = said or (lambda _: None)
+    with opened(Evaluated, plan, work, (events, items, users), quantile, reading, say, learn) as bench:
         measured, failed = bench.run(say, trained, planned or (lambda done, total: None))
     if not measured:
         raise LongRetrieverError(f"none of the {len(failed)} runs succeeded. The first: {failed[0]['why']}")
@@ -112,33 +105,61 @@ def run(
     of_arm = bench.of_arm(measured)
     return {
         "format": FORMAT,
-        "data": evaluate(full, cut, {}, plan.k, request_seed)["data"],
-        "plan": {name: value for name, value in asdict(plan).items() if name != "arms"},
+        **bench.record(measured, command, date),
         "arms": {a.name: _figures(plan, a, of_arm[a.name]) for a in plan.arms if of_arm[a.name]},
         "comparisons": compare(plan, of_arm),
         "failed": failed,
-        "made": {
-            "command": command,
-            "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "stores": {"full": full.fingerprint, "train": train.fingerprint},
-            "environments": _distinct(m.facts["environment"] for m in measured.values()),
-        },
     }
 
 
 # -- doing it
 
 
+Kept = TypeVar("Kept")
+
+
 @dataclass(frozen=True)
-class Measured:
-    """A finished run: what its JSON says, and the values for each request in each of `PARTS`."""
+class Measured(Generic[Kept]):
+    """A finished run: what its JSON says, and what was kept of its answers in each part of the protocol."""
 
     facts: Mapping[str, Any]
-    values: Mapping[tuple[str, str], Values]
+    values: Mapping[tuple[str, str], Kept]
 
 
-class Bench:
-    """A plan on one log, with a folder for what is finished: `models/` and `runs/`."""
+Bench_ = TypeVar("Bench_", bound="Bench[Any]")
+
+
+@contextmanager
+def opened(
+    bench: type[Bench_],
+    plan: Plan,
+    work: str | os.PathLike[str],
+    log: tuple[Any, Any, Any],
+    quantile: float,
+    reading: Mapping[str, Any],
+    say: Callable[[str], None],
+    learn: Learn,
+) -> Iterator[Bench_]:
+    """A bench on a log (events, items, users), with the folder to itself while it is open."""
+    folder = Path(work)
+    with alone(folder):
+        say("reading the log")
+        cut, tables = read_split(*log, quantile, reading)
+        say(f"{cut.full.num_rows:,} events after the filter, {cut.train.num_rows:,} of them to learn from")
+        full, train = (
+            store_of(part, folder / name, tables, reading)
+            for part, name in ((cut.full, "full"), (cut.train, "train"))
+        )
+        yield bench(plan, folder, cut, full, train, learn)
+
+
+class Bench(ABC, Generic[Kept]):
+    """A plan on one log, with a folder for what is finished: `models/`, and what `kept` says for the runs.
+
+    What a model is asked, and what of its answers is kept, is for those who make one of it to say.
+    """
+
+    kept: ClassVar[str]
 
     def __init__(self, plan: Plan, folder: Path, cut: Split, full: Store, train: Store, learn: Learn) -> None:
         self.plan, self.folder, self.cut, self.full, self.train = plan, folder, cut, full, train
@@ -148,15 +169,32 @@ class Bench:
         self.batch = {"all": batch, "new": batch.only_new()}
         self.runs = plan.runs({"split": _hash_of(cut), "full": full.fingerprint, "train": train.fingerprint})
         self.broken: dict[str, Exception] = {}  # by model, in this call
-        for name in ("models", "runs"):
+        for name in ("models", self.kept):
             (folder / name).mkdir(exist_ok=True)
+
+    @abstractmethod
+    def ask(self, model: Recommender) -> dict[tuple[str, str], Kept]:
+        """All requests, of each part of the protocol."""
+
+    @abstractmethod
+    def arrays(self, values: Mapping[tuple[str, str], Kept]) -> dict[str, np.ndarray]:
+        """What is kept, as arrays to save."""
+
+    @abstractmethod
+    def values(self, arrays: Mapping[str, np.ndarray]) -> dict[tuple[str, str], Kept]:
+        """The same read again. Raises `ValueError` or `KeyError` where it cannot be of these requests."""
+
+    @property
+    def asked(self) -> int:
+        """How many requests `ask` makes."""
+        return sum(len(r.user) for of in (self.live, self.batch) for r in of.values())
 
     def run(
         self,
         say: Callable[[str], None],
         trained: Callable[[Tick], None] | None,
         planned: Callable[[int, int], None],
-    ) -> tuple[dict[str, Measured], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Measured[Kept]], list[dict[str, Any]]]:
         """All runs: those finished, by name, and what became of the others."""
         distinct = {one.name: one for one in self.runs}
         measured = {name: m for name, one in distinct.items() if (m := self._read(one, say)) is not None}
@@ -184,13 +222,29 @@ class Bench:
             planned(total - len(left), total)
         return measured, failed
 
-    def of_arm(self, measured: Mapping[str, Measured]) -> dict[str, dict[int, Measured]]:
+    def of_arm(self, measured: Mapping[str, Measured[Kept]]) -> dict[str, dict[int, Measured[Kept]]]:
         """The finished runs of each arm, by seed."""
-        found: dict[str, dict[int, Measured]] = {arm.name: {} for arm in self.plan.arms}
+        found: dict[str, dict[int, Measured[Kept]]] = {arm.name: {} for arm in self.plan.arms}
         for one in self.runs:
             if one.name in measured:
                 found[one.arm.name][one.seed] = measured[one.name]
         return found
+
+    def record(
+        self, measured: Mapping[str, Measured[Kept]], command: str, date: str | None
+    ) -> dict[str, Any]:
+        """What the log is, what was planned and what made it: a part of every result."""
+        plan = self.plan
+        return {
+            "data": evaluate(self.full, self.cut, {}, plan.k, plan.request_seed)["data"],
+            "plan": {name: value for name, value in asdict(plan).items() if name != "arms"},
+            "made": {
+                "command": command,
+                "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+                "stores": {"full": self.full.fingerprint, "train": self.train.fingerprint},
+                "environments": _distinct(m.facts["environment"] for m in measured.values()),
+            },
+        }
 
     def _recommender(
         self, one: Run, say: Callable[[str], None], trained: Callable[[Tick], None] | None
@@ -221,14 +275,10 @@ class Bench:
             return None
         return facts
 
-    def _measure(self, one: Run, model: Recommender) -> Measured:
+    def _measure(self, one: Run, model: Recommender) -> Measured[Kept]:
         began = time.perf_counter()
-        k, values = self.plan.k, {}
-        for part in ("all", "new"):
-            new = part == "new"
-            values["live", part] = measure_live(model, self.cut, self.live[part], k, new)
-            values["batch", part] = measure_batch(model, self.cut, self.batch[part], k, new)
-        seconds, asked = time.perf_counter() - began, sum(len(v.user) for v in values.values())
+        values = self.ask(model)
+        seconds = time.perf_counter() - began
         facts = {
             "format": FORMAT,
             "arm": one.arm.name,
@@ -236,7 +286,7 @@ class Bench:
             "config": described(one.config),
             "asked": described(one.arm.load),
             "learning": dict(getattr(model, "facts", {})),
-            "answer_ms": round(1000 * seconds / asked, 3),
+            "answer_ms": round(1000 * seconds / self.asked, 3),
             "environment": self.environment,
         }
         self._write(one, facts, values)
@@ -244,24 +294,19 @@ class Bench:
 
     # -- files
 
-    def _write(self, one: Run, facts: dict[str, Any], values: Mapping[tuple[str, str], Values]) -> None:
+    def _write(self, one: Run, facts: dict[str, Any], values: Mapping[tuple[str, str], Kept]) -> None:
         """The JSON comes last: where it lies, the run is finished."""
-        arrays: dict[str, np.ndarray] = {}
-        for (protocol, part), found in values.items():
-            arrays |= {f"{protocol}/{part}/{name}": value for name, value in found.metric.items()}
-            if found.coverage is not None:
-                arrays[f"{protocol}/{part}/coverage"] = np.array(found.coverage)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, **self.arrays(values))  # type: ignore[arg-type]
         data = buffer.getvalue()
-        file = self.folder / "runs" / one.name
+        file = self.folder / self.kept / one.name
         write_whole(file.with_suffix(".npz"), data)
         facts["values_sha256"] = hashlib.sha256(data).hexdigest()
         write_whole(file.with_suffix(".json"), json.dumps(facts, indent=1).encode())
 
-    def _read(self, one: Run, say: Callable[[str], None]) -> Measured | None:
+    def _read(self, one: Run, say: Callable[[str], None]) -> Measured[Kept] | None:
         """A finished run; None where there is none, or where its files are damaged, which is said."""
-        file = self.folder / "runs" / f"{one.name}.json"
+        file = self.folder / self.kept / f"{one.name}.json"
         if not file.exists():
             return None
         try:
@@ -272,13 +317,38 @@ class Bench:
             if not isinstance(facts["environment"], dict) or not isinstance(facts["learning"], dict):
                 raise TypeError("something is not what it should be")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                values = {(protocol, part): self._values(protocol, part, arrays) for protocol, part in PARTS}
+                values = self.values(arrays)
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"{file} is damaged ({type(error).__name__}: {error}), so {one.title} is run again")
             return None
         return Measured(facts, values)
 
-    def _values(self, protocol: str, part: str, arrays: Mapping[str, np.ndarray]) -> Values:
+
+class Evaluated(Bench[Values]):
+    """What `run` asks: both protocols, of whose answers the values of each request are kept, in `runs/`."""
+
+    kept = "runs"
+
+    def ask(self, model: Recommender) -> dict[tuple[str, str], Values]:
+        k, values = self.plan.k, {}
+        for part in ("all", "new"):
+            new = part == "new"
+            values["live", part] = measure_live(model, self.cut, self.live[part], k, new)
+            values["batch", part] = measure_batch(model, self.cut, self.batch[part], k, new)
+        return values
+
+    def arrays(self, values: Mapping[tuple[str, str], Values]) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        for (protocol, part), found in values.items():
+            arrays |= {f"{protocol}/{part}/{name}": value for name, value in found.metric.items()}
+            if found.coverage is not None:
+                arrays[f"{protocol}/{part}/coverage"] = np.array(found.coverage)
+        return arrays
+
+    def values(self, arrays: Mapping[str, np.ndarray]) -> dict[tuple[str, str], Values]:
+        return {(protocol, part): self._of(protocol, part, arrays) for protocol, part in PARTS}
+
+    def _of(self, protocol: str, part: str, arrays: Mapping[str, np.ndarray]) -> Values:
         requests = self.live[part] if protocol == "live" else self.batch[part]
         start = f"{protocol}/{part}/"
         metric = {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)}
@@ -337,7 +407,11 @@ def _line(error: Exception) -> str:
 
 def main_metric(k: Sequence[int]) -> str:
     """What conclusions are drawn from: Recall@200, or at the middle one of the lengths of list."""
-    return f"recall@{200 if 200 in k else sorted(k)[len(k) // 2]}"
+    return f"recall@{main_length(k)}"
+
+
+def main_length(k: Sequence[int]) -> int:
+    return 200 if 200 in k else sorted(k)[len(k) // 2]
 
 
 def exchanges(tests: int) -> int:
@@ -359,7 +433,7 @@ class Difference(NamedTuple):
     user: np.ndarray
 
 
-def compare(plan: Plan, of_arm: Mapping[str, Mapping[int, Measured]]) -> list[dict[str, Any]]:
+def compare(plan: Plan, of_arm: Mapping[str, Mapping[int, Measured[Values]]]) -> list[dict[str, Any]]:
     """Every accuracy figure of every arm against that of the arm it is compared with, request by request.
 
     `difference` is the mean over the seeds that both have; its interval and p-value are over users; `by_seed`
@@ -368,18 +442,25 @@ def compare(plan: Plan, of_arm: Mapping[str, Mapping[int, Measured]]) -> list[di
     """
     found = [d for arm in plan.arms for d in _differences(plan, arm, of_arm)]
     flips = exchanges(sum(len(d.metrics) for d in found))
-    rows = [row for d in found for row in _tested(d, plan.request_seed, flips)]
+    rows = [row for d in found for row in tested(d, plan.request_seed, flips)]
     main = main_metric(plan.k)
-    for family in ([r for r in rows if r["metric"] == main], [r for r in rows if r["metric"] != main]):
-        corrected = metrics.holm(np.array([row["p"] for row in family]))
-        for row, p in zip(family, corrected, strict=True):
-            row["p_holm"] = float(p)
-            more = "more" if row["difference"] > 0 else "less"
-            row["found"] = more if p < SURE else "undecided"
+    correct([r for r in rows if r["metric"] == main])
+    correct([r for r in rows if r["metric"] != main])
     return rows
 
 
-def _differences(plan: Plan, arm: Arm, of_arm: Mapping[str, Mapping[int, Measured]]) -> Iterator[Difference]:
+def correct(family: Sequence[dict[str, Any]]) -> None:
+    """Set `p_holm`, corrected for the number of these comparisons, and what is `found` by it."""
+    corrected = metrics.holm(np.array([row["p"] for row in family]))
+    for row, p in zip(family, corrected, strict=True):
+        row["p_holm"] = float(p)
+        more = "more" if row["difference"] > 0 else "less"
+        row["found"] = more if p < SURE else "undecided"
+
+
+def _differences(
+    plan: Plan, arm: Arm, of_arm: Mapping[str, Mapping[int, Measured[Values]]]
+) -> Iterator[Difference]:
     other = next((a for a in plan.arms if a.name == plan.against(arm)), None)
     if other is None:
         return
@@ -401,7 +482,7 @@ def _columns(values: Values, names: Sequence[str]) -> np.ndarray:
     return np.stack([values.metric[name] for name in names], axis=1)
 
 
-def _tested(d: Difference, seed: int, flips: int) -> Iterator[dict[str, Any]]:
+def tested(d: Difference, seed: int, flips: int) -> Iterator[dict[str, Any]]:
     mean_NM = d.value.mean(axis=0)
     low_M, high_M = metrics.interval(mean_NM, d.user, np.random.default_rng(seed))
     p_M = metrics.sign_flip(mean_NM, d.user, np.random.default_rng(seed), flips)
@@ -424,9 +505,9 @@ def is_accuracy(metric: str) -> bool:
     return metric.startswith(("recall@", "ndcg@", "hit@", "mrr"))
 
 
-def _figures(plan: Plan, arm: Arm, found: Mapping[int, Measured]) -> dict[str, Any]:
-    """What is known of one arm: figures averaged over its seeds, and how each training went."""
-    result: dict[str, Any] = {
+def what_is(plan: Plan, arm: Arm, found: Mapping[int, Measured[Any]]) -> dict[str, Any]:
+    """One arm, how it is asked, and how each of its trainings went."""
+    return {
         "about": arm.about,
         "against": plan.against(arm),
         "learns": described(arm.config(plan.seeds[0], plan.minutes, plan.samples)),
@@ -435,9 +516,12 @@ def _figures(plan: Plan, arm: Arm, found: Mapping[int, Measured]) -> dict[str, A
         "seeds": list(found),
         "answer_ms": [m.facts["answer_ms"] for m in found.values()],
         "learning": [m.facts["learning"] for m in found.values()],
-        "live": {},
-        "batch": {},
     }
+
+
+def _figures(plan: Plan, arm: Arm, found: Mapping[int, Measured[Values]]) -> dict[str, Any]:
+    """What is known of one arm: figures averaged over its seeds, and how each training went."""
+    result: dict[str, Any] = {**what_is(plan, arm, found), "live": {}, "batch": {}}
     for protocol, part in PARTS:
         values = [m.values[protocol, part] for m in found.values()]
         averaged, by_seed = summary(_averaged(values), plan.request_seed), _by_seed(values)

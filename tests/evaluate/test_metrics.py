@@ -142,6 +142,27 @@ def test_a_paired_difference_is_surer_than_two_figures() -> None:
     assert 0.019 < low < 0.02 < high < 0.021
 
 
+def test_an_interval_of_a_ratio_is_of_sum_by_sum() -> None:
+    rng = np.random.default_rng(4)
+    whole, user = rng.integers(0, 5, 300), rng.integers(0, 60, 300)
+    part = rng.binomial(whole, 0.3)
+    columns = np.stack([part, whole, 0 * part], axis=1)
+    wholes = np.stack([whole, np.ones(300), 0 * whole], axis=1)
+    ends = metrics.ratio_interval(columns, wholes, user, np.random.default_rng(1))
+    assert ends[0, 0] < part.sum() / whole.sum() < ends[1, 0]
+    assert ends[1, 0] - ends[0, 0] < 0.15
+    mean = metrics.interval(whole[:, None].astype(float), user, np.random.default_rng(1))
+    assert ends[:, 1].tolist() == mean[:, 0].tolist()  # a mean is a ratio too, of the same users
+    assert np.isnan(ends[:, 2]).all()
+
+
+def test_a_ratio_whose_whole_one_user_has_alone_is_drawn_with_this_user() -> None:
+    ends = metrics.ratio_interval(
+        np.array([[1.0], [0.0]]), np.array([[4.0], [0.0]]), np.arange(2), np.random.default_rng(1)
+    )
+    assert ends[:, 0].tolist() == [0.25, 0.25]
+
+
 def test_the_same_seed_gives_the_same_interval() -> None:
     value, user = np.random.default_rng(3).random((50, 1)), np.arange(50)
     ends = [metrics.interval(value, user, np.random.default_rng(5)).tolist() for _ in range(2)]

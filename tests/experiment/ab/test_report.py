@@ -102,9 +102,9 @@ def result() -> dict:
             *(comparison("again", name, 0.01, 1.0) for name in FIGURES),
         ],
         "routes": {
-            "popular": [None, "routes.Popular", {}],
-            "MIND": [{"is": "MindConfig", "dim": 24, "within": {"is": "Other", "width": 3}}, None, {}],
-            ODD: [{"is": "Config", "power": "inf"}, None, {"interests": {"is": "Top", "n": 20}}],
+            "popular": {"counted": "routes.Popular", "asked": {}, "k": 77},
+            "MIND": {"learns": {"is": "MindConfig", "dim": 24, "within": {"is": "Other", "width": 3}}, "k": 50},
+            ODD: {"learns": {"is": "Config", "power": "inf"}, "asked": {"interests": {"is": "Top", "n": 20}}},
         },
         "made": {
             "command": "longretriever experiment ab --days 3",
@@ -236,11 +236,12 @@ def test_all_that_produced_it_is_named(result, found):
     assert found.row("what-produced-it", "torch") == ["–"]
     for config in (
         *(result["plan"][what] for what in ("market", "feed", "platform")),
-        result["routes"][ODD][2],
+        result["routes"][ODD]["asked"],
     ):
         assert json.dumps(config, indent=1)[1:-1].strip().splitlines()[0] in text
     assert '"width": 3' in text
     assert "routes.Popular" in text
+    assert '"k": 77' in text
 
 
 def test_how_to_read_it_names_the_assumptions_and_the_number_of_tests(found):
@@ -259,7 +260,7 @@ def test_three_files_that_say_the_same(result, tmp_path, html):
     told = json.loads(files[0].read_text(), parse_constant=refuse)
     assert told == report.strict(result)
     assert told["arms"][ODD]["figures"]["cvr"] == {"value": None, "interval": [None, None]}
-    assert told["routes"][ODD][0]["power"] == "inf"
+    assert told["routes"][ODD]["learns"]["power"] == "inf"
     text = files[2].read_text()
     assert text == html
     check_it_loads_nothing(text)
