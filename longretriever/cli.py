@@ -742,6 +742,59 @@ def replay(
     _say_failed(result["failed"])
 
 
+@experiment.command()
+def likeness(
+    log: Annotated[
+        list[str],
+        typer.Option("--log", metavar="NAME=FILE", help="A real log: file, folder or glob; give several."),
+    ],
+    path: Annotated[Path, typer.Option("--out", help="Folder for the report.")],
+    items: Annotated[
+        list[str] | None,
+        typer.Option("--items", metavar="NAME=FILE", help="Items of the log of this name: their categories."),
+    ] = None,
+    events: Annotated[
+        int | None,
+        typer.Option(min=10, help="Of the generated log; default: as the real ones, at most a million."),
+    ] = None,
+    market: Annotated[
+        Path | None, typer.Option(help="Folder of a market that was generated, instead of a new one.")
+    ] = None,
+    column: Columns = None,
+    item_column: ItemColumns = None,
+    time_unit: TimeUnit = None,
+    max_rejected: MaxRejected = 0.01,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    work: Annotated[Path | None, typer.Option(help="Keep stores and market in this folder.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """How like is a generated log to real ones? Writes report.html, report.md and results.json."""
+    from longretriever.experiment.likeness import in_short, table, write
+    from longretriever.experiment.likeness import likeness as compare_logs
+    from longretriever.experiment.page import need_extra
+
+    need_extra()
+    result = compare_logs(
+        _named_files(log, "--log"),
+        items=_named_files(items, "--items"),
+        events=events,
+        market=market,
+        seed=seed,
+        work=work,
+        reading=_reading(column, item_column, None, time_unit, max_rejected, memory_limit, threads),
+        said=_say,
+        command=shlex.join(["longretriever", *sys.argv[1:]]),
+    )
+    written = write(result, path)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(table(result))
+        out.print(f"\n{in_short(result)}\nWritten: " + ", ".join(map(str, written)), highlight=False)
+
+
 @app.command()
 def compact(
     store: Annotated[Path, typer.Argument(help="Folder of the store.")],
@@ -937,6 +990,24 @@ def _as_id(text: str, dtype: pa.DataType) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def _named_files(texts: Sequence[str] | None, option: str) -> dict[str, str]:
+    """NAME=FILE of an option that is given several times, each name once."""
+    files: dict[str, str] = {}
+    for text in texts or ():
+        name, _, file = text.partition("=")
+        if not (name and file):
+            raise InputError(
+                f"{option} {text}: expected a name and a file, such as {option} shop=events.parquet."
+            )
+        if name in files:
+            raise InputError(
+                f"{option} {text}: {name} is {files[name]} already. Choose another name, "
+                "or name a folder or glob of files that are one."
+            )
+        files[name] = file
+    return files
 
 
 def _pairs(texts: Sequence[str] | None, option: str) -> dict[str, str] | None:

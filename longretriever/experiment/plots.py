@@ -123,6 +123,40 @@ def _line(axes: Axes, n: int, at: Sequence[int], values: Sequence[float | None])
     axes.plot(x, y, MARKERS[n % 8], color=_SERIES[n % 8], linestyle=_dash(n), markersize=6)
 
 
+def overlaid(
+    lines: Sequence[Sequence[Sequence[float]]],
+    x: str,
+    y: str,
+    title: str,
+    marks: Mapping[str, float] | None = None,
+) -> str:
+    """Curves of points [x, y] on logarithmic axes; the last is thicker: the others are there for it.
+
+    `marks` are places on the axis of x with a name, instead of powers of ten.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):  # its own labels are powers written in math
+            axis.set_major_locator(LogLocator(numticks=6))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            axis.set_minor_locator(NullLocator())
+        for n, line in enumerate(lines):
+            last = n == len(lines) - 1
+            (drawn,) = axes.plot([point[0] for point in line], [point[1] for point in line], MARKERS[n % 8])
+            drawn.set(color=_SERIES[n % 8], linestyle=_dash(n), markevery=0.2)
+            drawn.set(linewidth=2.5 if last else 1.2, markersize=6 if last else 4)
+        if marks:
+            axes.set_xticks(list(marks.values()), list(marks))
+        axes.grid()
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+
+    return _svg(draw, title, 3.2)
+
+
 def _dash(n: int) -> Any:
     """Solid for the first eight, so that nine arms are still nine different lines."""
     return ["-", "--", ":", "-."][(n // 8) % 4]

@@ -103,7 +103,10 @@ def result() -> dict:
         ],
         "routes": {
             "popular": {"counted": "routes.Popular", "asked": {}, "k": 77},
-            "MIND": {"learns": {"is": "MindConfig", "dim": 24, "within": {"is": "Other", "width": 3}}, "k": 50},
+            "MIND": {
+                "learns": {"is": "MindConfig", "dim": 24, "within": {"is": "Other", "width": 3}},
+                "k": 50,
+            },
             ODD: {"learns": {"is": "Config", "power": "inf"}, "asked": {"interests": {"is": "Top", "n": 20}}},
         },
         "made": {
