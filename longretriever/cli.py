@@ -29,6 +29,7 @@ from longretriever.console import (
     show,
     show_retrieval,
     spinner,
+    testing_bar,
     training_bar,
 )
 from longretriever.errors import InputError, LongRetrieverError
@@ -795,6 +796,99 @@ def likeness(
         out.print(f"\n{in_short(result)}\nWritten: " + ", ".join(map(str, written)), highlight=False)
 
 
+Population = Annotated[int, typer.Option("--users", min=2, help="People of the market.")]
+Behaviors = Annotated[int, typer.Option("--events", min=20, help="Behaviors of their log.")]
+MarketItems = Annotated[int | None, typer.Option("--items", min=1, help="Default: one for 25 behaviors.")]
+MarketCategories = Annotated[
+    int | None, typer.Option("--categories", min=1, help="Default: to suit the log.")
+]
+TestDays = Annotated[int, typer.Option("--days", min=1, help="Of the test, after the warm-up.")]
+TakingPart = Annotated[int | None, typer.Option("--test-users", min=1, help="Who take part; default all.")]
+EachMinutes = Annotated[float | None, typer.Option("--minutes", min=0.01, help="Training of each model.")]
+EachSamples = Annotated[int, typer.Option("--samples", min=1, help="Of each training at most.")]
+Retrieved = Annotated[int, typer.Option("--k", min=1, help="Candidates of a route for each visit.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="WHERE.FIELD=VALUE", help="Of market, feed or platform: feed.slots=20."),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes; default one for each core.")
+]
+
+
+@experiment.command()
+def ab(
+    path: Annotated[Path, typer.Option("--out", help="Folder for the report, and for what it is made of.")],
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar="NAME=ROUTE,ROUTE", help="A platform; the first is the control."),
+    ] = None,
+    population: Population = 2_000,
+    behaviors: Behaviors = 800_000,
+    items: MarketItems = None,
+    categories: MarketCategories = None,
+    days: TestDays = 7,
+    taking_part: TakingPart = None,
+    k: Retrieved = 100,
+    minutes: EachMinutes = None,
+    samples: EachSamples = 300_000,
+    retrain: Annotated[int, typer.Option(min=0, help="Train again every so many days; 0: never.")] = 0,
+    assignments: Fields = None,
+    aa: Annotated[
+        int | None,
+        typer.Option("--aa", min=1, help="So many A/A tests of the control instead."),
+    ] = None,
+    threads: Threads = None,
+    workers: Workers = None,
+    seed: Seed = 1,
+    as_json: Json = False,
+) -> None:
+    """Test platforms on the people of a simulated market; writes report.html, .md and results.json."""
+    from longretriever.experiment.ab.plan import Plan
+    from longretriever.experiment.ab.report import strict, tables, write
+    from longretriever.experiment.ab.routes import known, parse_arm
+    from longretriever.experiment.ab.run import run as run_test
+    from longretriever.experiment.ab.sanity import run_aa
+    from longretriever.experiment.ab.sanity import table as aa_table
+    from longretriever.experiment.page import need_extra
+
+    need_extra()
+    routes = known(k)
+    chosen = tuple(parse_arm(text, routes) for text in arm or AB_ARMS)
+    plan = Plan(
+        _world(behaviors, population, items, categories, seed),
+        chosen,
+        users=taking_part,
+        days=days,
+        retrain=retrain,
+        minutes=minutes,
+        samples=samples,
+        seed=seed,
+        threads=threads,
+    ).changed(assignments or ())
+    with testing_bar() as (trained, lived):
+        if aa is not None:
+            found = run_aa(plan, aa, path / "work", workers=workers, said=_say, trained=trained, tested=lived)
+        else:
+            command = shlex.join(["longretriever", *sys.argv[1:]])
+            told: dict[str, Any] = {"said": _say, "trained": trained, "lived": lived, "command": command}
+            result = run_test(plan, path / "work", workers=workers, **told)
+    if aa is not None:
+        print_json(found) if as_json else out.print(aa_table(found))
+        return
+    written = write(result, path)
+    if as_json:
+        print_json(strict(result))
+    else:
+        for table in tables(result):
+            out.print(table)
+        out.print("\nWritten: " + ", ".join(map(str, written)), highlight=False)
+
+
+AB_ARMS = ("MIND=popular,item-to-item,mind", "LongRetriever=popular,item-to-item,longretriever")
+"""What is tested unless another test is asked for: who fills the third slot."""
+
+
 @app.command()
 def compact(
     store: Annotated[Path, typer.Argument(help="Folder of the store.")],
@@ -851,6 +945,13 @@ def demo(
 
     _training()
     run(path, events, minutes, seed, out)
+
+
+def _world(events: int, users: int, items: int | None, categories: int | None, seed: int) -> Any:
+    from longretriever.experiment.ab.plan import world
+
+    given = {"items": items, "categories": categories}
+    return world(events, users, seed, **{name: n for name, n in given.items() if n is not None})
 
 
 def _show_arms(arms: Mapping[str, Any], metric: str) -> None:

@@ -126,6 +126,13 @@ def bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 @contextmanager
 def training_bar() -> Iterator[Callable[[Tick], None]]:
     """A bar, which moves from the first step on; a line for each epoch stays."""
+    with testing_bar() as (trained, _):
+        yield trained
+
+
+@contextmanager
+def testing_bar() -> Iterator[tuple[Callable[[Tick], None], Callable[[int, int], None]]]:
+    """The same, and a bar for what follows the trainings of a test: so many days are lived, of so many."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -160,4 +167,7 @@ def training_bar() -> Iterator[Callable[[Tick], None]]:
                 f"{tick.samples_per_second:,.0f} samples/s",
             )
 
-        yield show
+        def lived(done: int, total: int) -> None:
+            progress.update(task, total=total, completed=done, description=f"day {done} of {total} lived")
+
+        yield show, lived

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,8 +24,8 @@ LIKE_REAL: Mapping[str, float] = {
     **{"stay": 0.35, "gap_tail": 2.0, "session_events": 4.0, "popularity_tail": 0.65, "curiosity": 0.2},
     **{"quality": 0.5, "thrift": 0.2},
 }
-"""Fields of a market whose log is like real ones in 37 of 39 figures (`docs/market.md`), and whose items differ
-in worth. Chosen by those figures alone, before any test was run."""
+"""Fields of a market whose log is like real ones in 37 of 39 figures (`docs/market.md`), and whose items are
+not all worth the same. Chosen by those figures alone, before any test was run."""
 
 
 def world(events: int, users: int, seed: int = 1, **others: Any) -> MarketConfig:
@@ -178,6 +178,22 @@ class Plan:
         for route in self.routes:  # whatever is wrong with a configuration is said before the first hour
             described([route.learn, route.counted, route.load])
 
+    def changed(self, assignments: Sequence[str]) -> Plan:
+        """With fields set by "market.FIELD=VALUE", "feed.FIELD=VALUE" or "platform.FIELD=VALUE"."""
+        found: dict[str, dict[str, Any]] = {"market": {}, "feed": {}, "platform": {}}
+        for text in assignments:
+            where, _, value = text.partition("=")
+            group, _, name = where.partition(".")
+            now = getattr(getattr(self, group), name, None) if group in found else None
+            if now is None or isinstance(now, property):
+                named = [f.name for f in fields(getattr(self, group))] if group in found else list(found)
+                raise InputError(
+                    f"{text!r}: expected market.FIELD=VALUE, feed.FIELD=VALUE or platform.FIELD=VALUE, and "
+                    f"{where!r} to begin with or name one of {', '.join(named)}."
+                )
+            found[group][name] = _like(now, value, text)
+        return replace(self, **{g: replace(getattr(self, g), **of) for g, of in found.items()})
+
     @property
     def routes(self) -> tuple[Route, ...]:
         """The routes of all arms, each once, in order. Raises `InputError` where two have one name."""
@@ -198,3 +214,17 @@ class Plan:
     def begin(self) -> int:
         """Unix seconds of the first day of the warm-up: all before it can be learned from."""
         return self.market.end - (self.days + self.platform.warm_up) * 86_400
+
+
+def _like(now: Any, value: str, text: str) -> Any:
+    """A value of the same kind as the one that it replaces."""
+    if isinstance(now, bool):
+        kinds = {"true": True, "false": False}
+        if value.lower() in kinds:
+            return kinds[value.lower()]
+    else:
+        try:
+            return type(now)(value)
+        except ValueError:
+            pass
+    raise InputError(f"{text!r}: {value!r} is no {type(now).__name__}, as {now!r} is.")

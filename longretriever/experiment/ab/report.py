@@ -277,7 +277,8 @@ def _of_arms(result: Result, names: Sequence[str]) -> rich.Table:
 
 def _of_routes(result: Result, name: str) -> rich.Table:
     routes = result["arms"][name]["routes"]
-    columns = {label(f): [_value(of[f]) for of in routes.values()] for f in result["of_route"]}
+    heads = {figure: label(figure).replace(" ", "\n") for figure in result["of_route"]}
+    columns = {head: [_value(of[f]) for of in routes.values()] for f, head in heads.items()}
     return _grid(f"Routes of {name}", "route", list(routes), columns)
 
 
@@ -302,7 +303,7 @@ def _lines(head: str, cells: Sequence[Cell]) -> Iterator[Line]:
         (cell.text + star * (not cell.text.endswith(STAR)), "".join(cell.small).replace("%", "") + star)
         for cell in cells
     ]
-    wide = max(min(len(head), _WIDTH), *(len(text) for pair in texts for text in pair))
+    wide = max(min(max(map(len, head.split("\n"))), _WIDTH), *(len(text) for pair in texts for text in pair))
     for cell, (above, below) in zip(cells, texts, strict=True):
         bold = "bold" if cell.bold else ""
         yield Line.assemble((above.rjust(wide), bold), "\n", (below.rjust(wide), "dim"))

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.table import Table
 
 from longretriever.errors import InputError
 from longretriever.experiment.ab.plan import Plan
 from longretriever.experiment.ab.ranking import need_sklearn
+from longretriever.experiment.ab.report import label
 from longretriever.experiment.ab.run import Test, processes
 from longretriever.experiment.apart import learn_apart
 from longretriever.experiment.runs import Learn, alone
@@ -89,3 +91,20 @@ def _false_positives(found: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, 
             "least_p": float(min(row["p"] for row in rows)),
         }
     return out
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """How often each figure was found to differ, for a terminal."""
+    level = result["level"]
+    grid = Table(
+        title=f"{result['runs']} A/A tests: share that finds something at {level:.0%}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for name in ("", f"p < {level:g}", "interval misses 0", "± by chance"):
+        grid.add_column(name, justify="left" if name == "" else "right")
+    for figure, of in result["figures"].items():
+        shares = (of["p_under_level"], of["interval_misses_0"], 1.96 * of["standard_error"])
+        grid.add_row(label(figure), *(f"{share:.1%}" for share in shares))
+    return grid
