@@ -845,11 +845,12 @@ def ab(
 ) -> None:
     """Test platforms on the people of a simulated market; writes report.html, .md and results.json."""
     from longretriever.experiment.ab.plan import Plan
-    from longretriever.experiment.ab.report import strict, tables, write
+    from longretriever.experiment.ab.report import strict, write
     from longretriever.experiment.ab.routes import known, parse_arm
     from longretriever.experiment.ab.run import run as run_test
     from longretriever.experiment.ab.sanity import run_aa
     from longretriever.experiment.ab.sanity import table as aa_table
+    from longretriever.experiment.ab.terminal import tables
     from longretriever.experiment.page import need_extra
 
     need_extra()
@@ -882,6 +883,73 @@ def ab(
     else:
         for table in tables(result):
             out.print(table)
+        out.print("\nWritten: " + ", ".join(map(str, written)), highlight=False)
+
+
+@experiment.command()
+def paper(
+    path: Annotated[Path, typer.Option("--out", help="Folder for the report, and for what it is made of.")],
+    worlds: Annotated[int, typer.Option(min=2, help="Markets of different seeds.")] = 5,
+    sweep_worlds: Annotated[
+        int, typer.Option(min=0, help="Markets for each value of the sweeps; 0: none.")
+    ] = 1,
+    sweep_days: Annotated[int, typer.Option(min=1, help="Days of a test in the sweeps.")] = 3,
+    paper_figures: Annotated[
+        Path | None, typer.Option(help="JSON of the paper's own lifts, to be printed beside.")
+    ] = None,
+    population: Population = 2_000,
+    behaviors: Behaviors = 800_000,
+    items: MarketItems = 60_000,
+    categories: MarketCategories = 300,
+    days: TestDays = 7,
+    taking_part: TakingPart = None,
+    k: Retrieved = 100,
+    minutes: EachMinutes = None,
+    samples: EachSamples = 400_000,
+    assignments: Fields = None,
+    threads: Threads = None,
+    workers: Workers = None,
+    seed: Seed = 1,
+    as_json: Json = False,
+) -> None:
+    """LongRetriever's Tables 1 to 5 again, in simulated markets, and in which of them each claim holds."""
+    from longretriever.experiment.ab.plan import Plan
+    from longretriever.experiment.ab.report import strict
+    from longretriever.experiment.page import need_extra
+    from longretriever.experiment.paper import arms, read_figures, run_paper
+    from longretriever.experiment.paper_report import table, write
+
+    need_extra()
+    of_paper = read_figures(paper_figures) if paper_figures else None
+    plan = Plan(
+        _world(behaviors, population, items, categories, seed),
+        arms(k),
+        users=taking_part,
+        days=days,
+        minutes=minutes,
+        samples=samples,
+        seed=seed,
+        threads=threads,
+    ).changed(assignments or ())
+    with testing_bar() as (trained, lived):
+        result = run_paper(
+            plan,
+            path / "work",
+            worlds=worlds,
+            sweep_worlds=sweep_worlds,
+            sweep_days=sweep_days,
+            figures_of_paper=of_paper,
+            workers=workers,
+            said=_say,
+            trained=trained,
+            lived=lived,
+            command=shlex.join(["longretriever", *sys.argv[1:]]),
+        )
+    written = write(result, path)
+    if as_json:
+        print_json(strict(result))
+    else:
+        out.print(table(result))
         out.print("\nWritten: " + ", ".join(map(str, written)), highlight=False)
 
 

@@ -10,6 +10,7 @@ Axes: W worlds.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -183,6 +184,27 @@ def run_paper(
 
 def _in_world(plan: Plan, seed: int, changes: Mapping[str, Any]) -> Plan:
     return replace(plan, market=replace(plan.market, **{**changes, "seed": seed}))
+
+
+def read_figures(file: Path) -> dict[str, Any]:
+    """The paper's own lifts: {"Table 1": {"ARM": {"FIGURE": 0.01}}}, as fractions; for `run_paper`.
+
+    They are not part of this package. Raises `InputError` for a file that says something else.
+    """
+    try:
+        found = json.loads(file.read_text())
+        lifts = [
+            float(lift) for arms in found.values() for figures in arms.values() for lift in figures.values()
+        ]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{file}: {type(error).__name__}: {error}. Expected JSON such as "
+            '{"Table 1": {"LongRetriever, paper": {"uv_ctr": 0.01}}}.'
+        ) from error
+    strange = {n for arms in found.values() for figures in arms.values() for n in figures} - set(SHOWN)
+    if strange or not lifts:
+        raise InputError(f"{file}: found the figures {sorted(strange)}, expected some of {', '.join(SHOWN)}.")
+    return found
 
 
 # -- what the worlds say together

@@ -1,6 +1,6 @@
 """Did people like another version of the platform better, or is it chance? A test, to be read.
 
-The dict of `ab.run.run` becomes `results.json`, `report.md` and `report.html`, or tables for a terminal. A
+The dict of `ab.run.run` becomes `results.json`, `report.md` and `report.html` (`terminal.py` prints it). A
 figure that had nothing to divide by is NaN there, None here and in JSON, and "–" to the reader.
 """
 
@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich import table as rich
-from rich.text import Text as Line
 
 from longretriever.experiment import page, plots
 from longretriever.experiment.page import NONE, Block, Cell, Code, Plots, Points, Section, Table, Text, many
@@ -28,8 +25,7 @@ SAID = ("uv_ctr", "uv_cvr", "orders")
 FOREST = ("pv", "uv_ctr", "uv_cvr", "orders", "exposed_categories", "clicked_categories")
 BY_DAY = ("clicks", "orders", "ctr")
 STAR = "*"
-_BESIDE = 4  # arms beside each other, the control among them: 100 columns of a terminal hold them
-_WIDTH = 16  # of a column there
+BESIDE = 4  # arms beside each other, the control among them: 100 columns of a terminal hold them
 
 
 def write(result: Result, folder: str | os.PathLike[str]) -> list[Path]:
@@ -116,25 +112,30 @@ def _figures(result: Result) -> Iterator[Block]:
         f"Lifts are in percent of the control's figure. {STAR} marks what is more than chance. Small below: "
         "how far a figure might be off (±), and the 95% interval of a lift."
     )
-    for names in page.handfuls(list(result["arms"]), _BESIDE):
+    for names in page.handfuls(list(result["arms"]), BESIDE):
         head = [(name, what) for n, name in enumerate(names) for what in ("value", "lift")[: 1 + (n > 0)]]
         rows = []
         for figure, meaning in result["figures"].items():
-            cells = [_value(result["arms"][names[0]]["figures"][figure])]
+            cells = [value_cell(result["arms"][names[0]]["figures"][figure])]
             for name in names[1:]:
-                cells += [_value(result["arms"][name]["figures"][figure]), _lift(result, name, figure)]
+                cells += [
+                    value_cell(result["arms"][name]["figures"][figure]),
+                    lift_cell(result, name, figure),
+                ]
             rows.append((label(figure), [*cells, Cell(meaning, prose=True)]))
         yield Table("figure", [*head, ("", "")], rows)
 
 
-def _value(of: Mapping[str, Any]) -> Cell:
+def value_cell(of: Mapping[str, Any]) -> Cell:
+    """A figure, and half of its interval."""
     low, high = of["interval"]
     if None in (of["value"], low, high):
         return Cell(_digits(of["value"]))
     return Cell(_digits(of["value"]), (f"±{_digits((high - low) / 2, of['value'])}",))
 
 
-def _lift(result: Result, name: str, figure: str) -> Cell:
+def lift_cell(result: Result, name: str, figure: str) -> Cell:
+    """How much more of a figure an arm has than the one it is compared with, and the interval."""
     row = _comparison(result, name, figure)
     if row is None:
         return Cell(NONE)
@@ -155,9 +156,10 @@ def _lifts(result: Result) -> Iterator[Block]:
     yield Plots(panels)
     heads = ("this", "control", "lift", "95%", "p", "p corrected", "")
     for name in result["arms"]:
-        own = [_compared(row) for row in result["comparisons"] if row["arm"] == name]
+        rows = [row for row in result["comparisons"] if row["arm"] == name]
+        own = [_compared(row) for row in rows]
         if own:
-            title = f"{name} against {_control(result)}: all figures"
+            title = f"{name} against {rows[0]['against']}: all figures"
             yield Table("figure", [("", head) for head in heads], own, title, folded=True)
 
 
@@ -185,7 +187,7 @@ def _routes(result: Result) -> Iterator[Block]:
     yield Points([f"{label(figure)}: {meaning}." for figure, meaning in result["of_route"].items()])
     for name, arm in result["arms"].items():
         rows = [
-            (route, [_value(of[figure]) for figure in result["of_route"]])
+            (route, [value_cell(of[figure]) for figure in result["of_route"]])
             for route, of in arm["routes"].items()
         ]
         yield Table("route", [("", label(figure)) for figure in result["of_route"]], rows, name)
@@ -253,60 +255,6 @@ def _made(result: Result) -> Iterator[Block]:
 
 def _code(title: str, value: Any) -> Code:
     return Code(title, json.dumps(value, indent=1, ensure_ascii=False))
-
-
-# -- for a terminal
-
-
-def tables(result: Result) -> list[rich.Table]:
-    """The arms, a few at a time beside the control, then the routes of each arm. 100 columns are enough."""
-    result = strict(result)
-    of_arms = [_of_arms(result, names) for names in page.handfuls(list(result["arms"]), _BESIDE)]
-    if result["comparisons"]:
-        key = f"Lifts in %, 95% intervals below.\n{STAR} more than chance (Holm-corrected)."
-        of_arms[-1].caption = key
-    return [*of_arms, *(_of_routes(result, name) for name in result["arms"])]
-
-
-def _of_arms(result: Result, names: Sequence[str]) -> rich.Table:
-    arms, figures = result["arms"], list(result["figures"])
-    columns = {names[0]: [_value(arms[names[0]]["figures"][figure]) for figure in figures]}
-    columns |= {name: [_lift(result, name, figure) for figure in figures] for name in names[1:]}
-    return _grid(f"A/B test of {many(len(arms), 'arm')}", "figure", list(map(label, figures)), columns)
-
-
-def _of_routes(result: Result, name: str) -> rich.Table:
-    routes = result["arms"][name]["routes"]
-    heads = {figure: label(figure).replace(" ", "\n") for figure in result["of_route"]}
-    columns = {head: [_value(of[f]) for of in routes.values()] for f, head in heads.items()}
-    return _grid(f"Routes of {name}", "route", list(routes), columns)
-
-
-def _grid(title: str, first: str, rows: Sequence[str], columns: Mapping[str, Sequence[Cell]]) -> rich.Table:
-    grid = rich.Table(
-        title=Line(f"\n{title}"), title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0)
-    )
-    grid.add_column(first, max_width=20, overflow="fold")
-    lines = [list(_lines(name, cells)) for name, cells in columns.items()]
-    for name, of in zip(columns, lines, strict=True):
-        wide = max((line.plain.index("\n") for line in of), default=0)
-        grid.add_column(Line(name, justify="right"), max_width=max(_WIDTH, wide), overflow="fold")
-    for row, *cells in zip(rows, *lines, strict=True):
-        grid.add_row(Line(row), *cells)
-    return grid
-
-
-def _lines(head: str, cells: Sequence[Cell]) -> Iterator[Line]:
-    """A column. Padded here, since rich would put a star where the last digit of the others is."""
-    star = " " * any(cell.text.endswith(STAR) for cell in cells)
-    texts = [
-        (cell.text + star * (not cell.text.endswith(STAR)), "".join(cell.small).replace("%", "") + star)
-        for cell in cells
-    ]
-    wide = max(min(max(map(len, head.split("\n"))), _WIDTH), *(len(text) for pair in texts for text in pair))
-    for cell, (above, below) in zip(cells, texts, strict=True):
-        bold = "bold" if cell.bold else ""
-        yield Line.assemble((above.rjust(wide), bold), "\n", (below.rjust(wide), "dim"))
 
 
 # -- words and digits

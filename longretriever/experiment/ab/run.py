@@ -375,7 +375,14 @@ def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _live(plan: Plan, world: World, arm: Arm | None, day: int, knows: Knowledge) -> None:
     """Live an arm's day (None: of the warm-up, in the control's place) and write down what came of it."""
-    faiss.omp_set_num_threads(1)  # the processes would compete
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # the processes would compete
+        _lived(plan, world, arm, day, knows)
+
+
+def _lived(plan: Plan, world: World, arm: Arm | None, day: int, knows: Knowledge) -> None:
+    faiss.omp_set_num_threads(1)
     store = Store.open(world.store)
     with closing(Journal(_journal(world.folder, arm))) as journal:
         market, users = _market(plan.market), _users(plan)

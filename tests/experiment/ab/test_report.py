@@ -12,7 +12,7 @@ from rich.console import Console
 
 from longretriever.errors import MissingExtra
 from longretriever.experiment import page, plots
-from longretriever.experiment.ab import online, report
+from longretriever.experiment.ab import online, report, terminal
 from tests.experiment.test_page import Page, check_it_loads_nothing
 
 NAN = float("nan")
@@ -148,7 +148,7 @@ def test_stars_are_where_the_corrected_p_is_small_and_nowhere_else(result):
     starred = {
         (row["arm"], row["figure"])
         for row in result["comparisons"]
-        if report._lift(report.strict(result), row["arm"], row["figure"]).text.endswith("*")
+        if report.lift_cell(report.strict(result), row["arm"], row["figure"]).text.endswith("*")
     }
     assert starred == {
         (ODD, name) for name in ("uv_ctr", "uv_cvr", "exposed_categories", "clicked_categories")
@@ -300,7 +300,7 @@ def test_one_arm_and_one_day_still_make_a_report(result):
 def printed(result: dict, width: int = 100) -> str:
     console = Console(width=width, no_color=True)
     with console.capture() as shown:
-        for table in report.tables(result):
+        for table in terminal.tables(result):
             console.print(table)
     return shown.get()
 
