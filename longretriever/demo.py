@@ -3,6 +3,7 @@
 A simulated market writes a log; the log is evaluated exactly as any real one would be (`evaluate_log`: cut by
 time, ingest, train, index, requests), and then one user is looked at closely. Since the market is simulated,
 the user's true taste is known, so the candidates can be held against the truth and not only against clicks.
+At last people of a smaller market live some days with and without LongRetriever: a small `experiment ab`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,17 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 
-from longretriever.console import show_retrieval, training_bar
+from longretriever.console import show_retrieval, testing_bar, training_bar
+from longretriever.errors import MissingExtra
 from longretriever.evaluate.report import table
 from longretriever.evaluate.run import evaluate_log
+from longretriever.experiment.ab.plan import Arm, Plan, Route, world
+from longretriever.experiment.ab.ranking import need_sklearn
+from longretriever.experiment.ab.report import write
+from longretriever.experiment.ab.routes import ItemToItem, Popular
+from longretriever.experiment.ab.run import run as run_test
+from longretriever.experiment.ab.terminal import tables, whiskers
+from longretriever.experiment.page import need_extra
 from longretriever.market import Market, MarketConfig
 from longretriever.model.config import TrainConfig
 from longretriever.retrieve.interests import Pgin
@@ -62,11 +71,39 @@ def run(path: Path, events: int, minutes: float, seed: int, console: Console) ->
     answer = retriever.retrieve(user_id, k=500, rules=Rules(exclude_seen=True))
     show_retrieval(answer, 12)
     console.print(_truth(market, retriever, answer))
+    console.print(Panel("[bold]4  A test[/]  people live two days with it, and the same people without"))
+    _test(path / "ab", seed, console)
     console.print(
         f"\nDone in {time.perf_counter() - began:.0f} s. Look at any user and why, in a browser: "
         f"`longretriever serve {path}/model --store {path}/full --clock log`. "
         "Or go on with a log of yours: `longretriever evaluate --events YOUR_LOG`."
     )
+
+
+def _test(path: Path, seed: int, console: Console) -> None:
+    """A small A/B test: one table, one plot, and a report."""
+    popular, neighbours = Route("popular", counted=Popular), Route("item-to-item", counted=ItemToItem)
+    ours = Route("LongRetriever", learn=TrainConfig())
+    arms = Arm("without", (popular, neighbours)), Arm("with LongRetriever", (popular, neighbours, ours))
+    plan = Plan(world(100_000, 600, seed), arms, days=2, samples=80_000, seed=seed)
+    try:
+        need_sklearn()
+        need_extra()
+    except MissingExtra as error:
+        console.print(f"Left out: {error}")
+        return
+    with testing_bar() as (trained, lived):
+        result = run_test(
+            plan,
+            path / "work",
+            said=lambda line: console.print(f"  {line}", style="dim", highlight=False),
+            trained=trained,
+            lived=lived,
+        )
+    files = write(result, path)
+    console.print(tables(result)[0])
+    console.print(whiskers(result, ("clicks", "uv_ctr", "orders", "clicked_categories")))
+    console.print(f"[dim]Ranker and dice are the same, so only what was shown differs. More: {files[-1]}[/]")
 
 
 def _someone(store: Store) -> int | str:

@@ -14,6 +14,7 @@ from longretriever.market import MarketConfig
 from longretriever.market.feed import FeedConfig
 from longretriever.retrieve.interests import Interests
 from longretriever.retrieve.merge import Merge
+from longretriever.retrieve.rules import Rules
 from longretriever.store.behaviors import Life, Store
 
 MOST_ROUTES = 32
@@ -48,7 +49,7 @@ class Route:
     name       as it stands in the report
     learn      a training configuration; routes with equal ones share their trainings
     counted    instead of `learn`: what makes a `Finder` of the store of the time before the test
-    interests, merge, asking   how a learned model is asked; see `experiment.plan.Arm`
+    interests, merge, asking, rules   how a learned model is asked; see `experiment.plan.Arm` and `Rules`
     k          candidates of a request
     """
 
@@ -58,6 +59,7 @@ class Route:
     interests: Interests | None = None
     merge: Merge | None = None
     asking: Mapping[str, Any] = field(default_factory=dict)
+    rules: Rules = Rules()
     k: int = 100
 
     def __post_init__(self) -> None:
@@ -176,7 +178,7 @@ class Plan:
                 f"{len(self.routes)} routes, expected at most {MOST_ROUTES} in all arms together."
             )
         for route in self.routes:  # whatever is wrong with a configuration is said before the first hour
-            described([route.learn, route.counted, route.load])
+            described([route.learn, route.counted, route.load, route.rules])
 
     def changed(self, assignments: Sequence[str]) -> Plan:
         """With fields set by "market.FIELD=VALUE", "feed.FIELD=VALUE" or "platform.FIELD=VALUE"."""

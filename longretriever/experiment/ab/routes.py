@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,22 +12,26 @@ from longretriever.errors import InputError
 from longretriever.evaluate.collaborative import BM25
 from longretriever.events import SECONDS_PER_DAY
 from longretriever.experiment.ab.plan import Arm, Finder, Route
+from longretriever.experiment.ablations import OURS
 from longretriever.experiment.ablations import arms as ablations
 from longretriever.retrieve.retriever import BATCH, Retriever
+from longretriever.retrieve.rules import Rules
 from longretriever.store.behaviors import Life, Store
+
+NEW_ITEMS = f"{OURS}, new items"
 
 
 class Learned:
     """The product's own path: interests, user vectors, search, merge, in batches, over live behaviors."""
 
-    def __init__(self, retriever: Retriever) -> None:
-        self.retriever = retriever
+    def __init__(self, retriever: Retriever, rules: Rules = Rules()) -> None:
+        self.retriever, self.rules = retriever, rules
 
     def find(self, lives: Sequence[Life], k: int, seed: int) -> list[np.ndarray]:
         """See `Finder`."""
         found = []
         for at in range(0, len(lives), BATCH):
-            for answer in self.retriever.answer(lives[at : at + BATCH], k, rng=seed):
+            for answer in self.retriever.answer(lives[at : at + BATCH], k, rng=seed, rules=self.rules):
                 items = self.retriever.store_items(answer.item)
                 found.append(items[items >= 0])
         return found
@@ -86,7 +91,8 @@ class ItemToItem:
 
 
 def known(k: int = 100) -> dict[str, Route]:
-    """All routes that have a name: the two above, and every learned system of `experiment.ablations`.
+    """All routes that have a name: the two above, every learned system of `experiment.ablations`, and ours
+    without the items that the user has met.
 
     A key is the name in lower case, with "-" for what is not a letter or digit.
     """
@@ -97,7 +103,8 @@ def known(k: int = 100) -> dict[str, Route]:
             found[_key(arm.name)] = Route(
                 arm.name, learn=arm.learn, interests=arm.interests, merge=arm.merge, asking=arm.asking, k=k
             )
-    return found
+    new = replace(found[_key(OURS)], name=NEW_ITEMS, rules=Rules(exclude_seen=True))
+    return {**found, _key(NEW_ITEMS): new}
 
 
 def parse_arm(text: str, routes: dict[str, Route]) -> Arm:

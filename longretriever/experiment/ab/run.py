@@ -351,10 +351,9 @@ class Test:
 
 def _told(route: Route) -> dict[str, Any]:
     made = {"learns": described(route.learn), "counted": described(route.counted)}
-    return {name: what for name, what in made.items() if what} | {
-        "asked": described(route.load),
-        "k": route.k,
-    }
+    rules = {name: value for name, value in described(route.rules).items() if value and name != "is"}
+    asked = {"asked": described(route.load), "rules": rules, "k": route.k}
+    return {name: what for name, what in made.items() if what} | asked
 
 
 def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -445,7 +444,8 @@ def _finder(route: Route, world: World) -> Finder:
             _opened[key] = route.counted(Store.open(world.store))
         else:
             path = world.models[route.name]
-            _opened[key] = Learned(Retriever.load(path, store=world.store, threads=1, **route.load))
+            retriever = Retriever.load(path, store=world.store, threads=1, **route.load)
+            _opened[key] = Learned(retriever, route.rules)
     return _opened[key]
 
 
