@@ -24,8 +24,8 @@ LIKE_REAL: Mapping[str, float] = {
     **{"stay": 0.35, "gap_tail": 2.0, "session_events": 4.0, "popularity_tail": 0.65, "curiosity": 0.2},
     **{"quality": 0.5, "thrift": 0.2},
 }
-"""Fields of a market whose log is like real ones in 37 of 39 figures (`docs/market.md`), and whose items differ
-in worth. Chosen by those figures alone, before any test was run."""
+"""Fields of a market whose log is like real ones in 37 of 39 figures (`docs/market.md`), and whose items
+differ in worth. Chosen by those figures alone, before any test was run."""
 
 
 def world(events: int, users: int, seed: int = 1, **others: Any) -> MarketConfig:
