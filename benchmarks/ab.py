@@ -3,8 +3,8 @@
     python benchmarks/ab.py [--users 10000] [--events 2000000] [--samples 100000] [--work FOLDER] [--json]
 
 One arm of five routes (popular, item-to-item, EBR, MIND, the paper's LongRetriever) lives a day of the
-simulated market after its warm-up, in this process, on one core. Beside the seconds stands a share: of the day,
-what the routes took to answer. The rest is the journal, features, ranker, pages and people.
+simulated market after its warm-up, in this process, on one core. Beside the seconds stands a share: what of
+the day the routes took to answer. The rest is the journal, features, ranker, pages and people.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from longretriever.experiment.ab.routes import NEW_ITEMS, known
 from longretriever.experiment.ab.run import run
 from longretriever.experiment.ablations import OURS, PAPER
 from longretriever.experiment.apart import learn_apart
-from longretriever.experiment.runs import Learn, environment
+from longretriever.experiment.runs import SURE, Learn, environment
 from longretriever.market import MarketConfig
 
 if TYPE_CHECKING:
@@ -142,6 +142,10 @@ def run_paper(
         raise InputError(
             f"{worlds} worlds, expected at least 2: a claim is judged by how much worlds differ."
         )
+    if sweep_worlds > worlds:
+        raise InputError(
+            f"{sweep_worlds} worlds for the sweeps, expected at most the {worlds} of the tables."
+        )
     say = said or (lambda line: None)
     options: dict[str, Any] = {"workers": workers, "trained": trained, "lived": lived, "learn": learn}
 
@@ -166,6 +170,8 @@ def run_paper(
     return {
         "format": FORMAT,
         "worlds": seeds,
+        "main": MAIN,
+        "sweep": {"worlds": sweep_worlds, "days": sweep_days},
         "claims": judged(found),
         "routes": routes_compared(found),
         "arms": {
@@ -224,7 +230,8 @@ def judged(tests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for name, rows in lifts.items():
             one = [row for row in rows if row]
             of_figure[name] = _over([row["lift"] for row in one], [row["interval"] for row in one])
-            of_figure[name]["sure_worlds"] = sum(row["p"] < 0.05 for row in one)
+            sign = 1 if claim.more else -1
+            of_figure[name]["sure_worlds"] = sum(row["p"] < SURE and sign * row["lift"] > 0 for row in one)
         out.append({**asdict(claim), "figures": of_figure, "verdict": verdict(of_figure[MAIN], claim.more)})
     return out
 

@@ -33,7 +33,10 @@ _WIDTH = 4.9  # inches, of 72 units
 
 
 def differences(rows: Sequence[Mapping[str, Any]], title: str) -> str:
-    """One line for each comparison: the difference and its interval, against zero."""
+    """One line for each comparison: the difference and its interval, against zero.
+
+    Where a row has it, `each` are the differences that this one is the mean of: small dots below it.
+    """
     others = {row["against"] for row in rows}
     second = "\nagainst {}" if len(others) > 1 else ""  # the same for all, the text beside says it
     names = [_short(row["arm"]) + second.format(_short(row["against"])) for row in rows]
@@ -46,6 +49,8 @@ def differences(rows: Sequence[Mapping[str, Any]], title: str) -> str:
             axes.plot(row["interval"], [y, y], color=color, linewidth=2)
             filled = color if row["found"] != "undecided" else "none"
             axes.plot(row["difference"], y, "o", color=color, markerfacecolor=filled, markersize=7)
+            each = row.get("each", ())
+            axes.plot(each, [y + 0.25] * len(each), "o", color=color, markersize=3)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(axis="x")
@@ -81,6 +86,24 @@ def by_history(lines: Sequence[Mapping[str, float | None]], spans: Sequence[str]
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         axes.set_xlabel("events of history")
+
+    return _svg(draw, title, 3.0)
+
+
+def by_value(
+    lines: Sequence[Sequence[float | None]], values: Sequence[str], x: str, y: str, title: str
+) -> str:
+    """One line for each claim: a lift at each value of a property, against zero."""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=_INK, linewidth=1)
+        for n, line in enumerate(lines):
+            _line(axes, n, range(len(values)), line)
+        axes.set_xticks(range(len(values)), values)
+        axes.set_xlim(-0.3, len(values) - 0.7)
+        axes.grid(axis="y")
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
 
     return _svg(draw, title, 3.0)
 

@@ -130,8 +130,8 @@ def value_cell(of: Mapping[str, Any]) -> Cell:
     """A figure, and half of its interval."""
     low, high = of["interval"]
     if None in (of["value"], low, high):
-        return Cell(_digits(of["value"]))
-    return Cell(_digits(of["value"]), (f"±{_digits((high - low) / 2, of['value'])}",))
+        return Cell(digits(of["value"]))
+    return Cell(digits(of["value"]), (f"±{digits((high - low) / 2, of['value'])}",))
 
 
 def lift_cell(result: Result, name: str, figure: str) -> Cell:
@@ -171,8 +171,8 @@ def _in_percent(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compared(row: Mapping[str, Any]) -> tuple[str, list[Cell]]:
     texts = (
-        _digits(row["treatment"]),
-        _digits(row["control"]),
+        digits(row["treatment"]),
+        digits(row["control"]),
         percent(row["lift"]) + _star(row),
         _span(row),
         page.probability(row["p"]),
@@ -275,7 +275,7 @@ def percent(value: float | None) -> str:
     return text if text == "0.0%" else f"{'+' if value > 0 else '−'}{text}"
 
 
-def _digits(value: float | None, like: float | None = None) -> str:
+def digits(value: float | None, like: float | None = None) -> str:
     """Three places, one from 10 on, four below .1, where rates of orders lie; or as many as `like` has."""
     if value is None:
         return NONE
