@@ -24,6 +24,7 @@ from longretriever import Retriever, Rules, Top
 from longretriever.cli import app, main
 from longretriever.retrieve.merge import quota
 from longretriever.store.behaviors import Store
+from tests.experiment.test_paper_report import made_by_hand as paper_result
 
 SIDES = ("--items", "market/items.parquet", "--users", "market/users.parquet")
 TRAIN = ("--dim", "8", "--layers", "1", "--epochs", "1", "--threads", "1")
@@ -264,6 +265,93 @@ def test_new_items_are_added_and_found(command, growing):
     again = command(*words, "--json").json
     assert (again["items"]["added"], again["items"]["already"]) == (0, 3)
     assert command("verify", "growing", "--json").json["fingerprint"] == before
+
+
+AB = ("--users", 80, "--events", 8000, "--days", 2, "--workers", 1)
+
+
+def test_an_ab_test_in_the_market(command, workspace):
+    arms = ("--arm", "both=popular,item-to-item", "--arm", "popular alone=popular")
+    words = (
+        "experiment",
+        "ab",
+        "--out",
+        "ab",
+        *AB,
+        *arms,
+        "--set",
+        "feed.slots=4",
+        "--set",
+        "market.stay=0.5",
+    )
+    said = command(*words)
+    assert said.code == 0, said.err
+    says(said, r"A/B test of 2 arms", r"UV CTR +\.\d+", r"Routes of popular alone", r"unique")
+    assert "ab/report.html" in said.out
+    result = json.loads((workspace / "ab" / "results.json").read_text())
+    assert list(result["arms"]) == ["both", "popular alone"]
+    assert result["plan"]["feed"]["slots"] == 4
+    assert result["plan"]["market"]["stay"] == 0.5
+    assert result["made"]["command"].startswith("longretriever experiment ab --out ab")
+    again = command(*words, "--json")
+    assert again.json["arms"] == result["arms"]
+    assert "ranker" not in again.err, "all days are there"
+
+
+def test_aa_tests_in_the_market(command):
+    words = ("experiment", "ab", "--out", "aa", *AB, "--arm", "both=popular,item-to-item", "--aa", 2)
+    found = command(*words, "--json").json
+    assert found["runs"] == 2
+    assert set(found["figures"]["clicks"]) == {
+        "p_under_level",
+        "interval_misses_0",
+        "standard_error",
+        "least_p",
+    }
+    says(command(*words), r"2 A/A tests", r"interval misses 0", r"clicks +\d+\.\d%")
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ("--arm", "a=popular,nobody"),
+            r"arm 'a=popular,nobody': there is no route 'nobody'. Routes are pop",
+        ),
+        (("--arm", "popular"), r"arm 'popular': expected NAME=ROUTE,ROUTE"),
+        (("--set", "feed.slotz=3"), r"'feed.slotz=3': expected market.FIELD=VALUE.* slots, "),
+        (("--set", "slots=3"), r"'slots=3': expected market.FIELD=VALUE.*market, feed, platform"),
+        (("--set", "feed.slots=many"), r"'many' is no int, as 10 is"),
+        (("--test-users", 9_000), r"9,000 users, expected 1 to 80"),
+    ],
+)
+def test_what_cannot_be_tested_is_said(command, words, error):
+    said = command("experiment", "ab", "--out", "ab", *AB, *words)
+    assert re.search(error, said.error)
+
+
+def test_the_papers_tables_become_a_report(command, workspace, monkeypatch):
+    """Trainings and days are tested elsewhere."""
+    given = {}
+
+    def made(plan, work, **options):
+        given.update(options, plan=plan)
+        return paper_result()
+
+    monkeypatch.setattr("longretriever.experiment.paper.run_paper", made)
+    (workspace / "own.json").write_text('{"Table 1": {"LongRetriever, paper": {"uv_ctr": 0.01}}}')
+    words = ("experiment", "paper", "--out", "paper", "--users", 500, "--events", 100_000, "--worlds", 2)
+    said = command(*words, "--paper-figures", "own.json", "--sweep-worlds", 0)
+    assert said.code == 0, said.err
+    assert (given["worlds"], given["sweep_worlds"], given["plan"].market.users) == (2, 0, 500)
+    assert given["figures_of_paper"]["Table 1"]["LongRetriever, paper"]["uv_ctr"] == 0.01
+    assert "paper/report.html" in said.out
+    (workspace / "own.json").write_text('{"Table 1": {"LongRetriever, paper": {"clickz": 0.01}}}')
+    assert (
+        "found the figures ['clickz'], expected some of pv, uv_ctr"
+        in command(*words, "--paper-figures", "own.json").error
+    )
+    assert "Expected JSON such as" in command(*words, "--paper-figures", "nowhere.json").error
 
 
 @pytest.mark.parametrize(

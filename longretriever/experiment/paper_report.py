@@ -164,12 +164,13 @@ def _routes(result: Result) -> Iterator[Block]:
 
 def _where(result: Result) -> Iterator[Block]:
     """One property of the world after the other: where claims hold, and where they fail."""
+    worlds, days = many(result["sweep"]["worlds"], "world"), many(result["sweep"]["days"], "day")
     for n, sweep in enumerate(result["sweeps"]):
         if n == 0:
             yield Text(
                 "One property of the market at a time is changed; the rest is as in the tables above, but "
-                f"with {many(result['sweep']['worlds'], 'world')} and {many(result['sweep']['days'], 'day')}. "
-                f"A cell has the lift of {label(MAIN)}, its interval, and what becomes of the claim."
+                f"with {worlds} and {days}. A cell has the lift of {label(MAIN)}, its interval, and what "
+                "becomes of the claim."
             )
         points = {point["value"]: point["claims"] for point in sweep["points"]}
         found = {_name(claim): [_same(claim, of) for of in points.values()] for claim in result["claims"]}

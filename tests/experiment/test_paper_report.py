@@ -55,6 +55,10 @@ def figures(names: tuple[str, ...], at: float) -> dict:
 
 @pytest.fixture(scope="module")
 def result() -> dict:
+    return made_by_hand()
+
+
+def made_by_hand() -> dict:
     names = [arm.name for arm in paper.arms()]
     short = {n: (*lift[:2], lift[2][:2], lift[3]) for n, lift in LIFTS.items()}
     return {
