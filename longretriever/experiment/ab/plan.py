@@ -24,8 +24,8 @@ LIKE_REAL: Mapping[str, float] = {
     **{"stay": 0.35, "gap_tail": 2.0, "session_events": 4.0, "popularity_tail": 0.65, "curiosity": 0.2},
     **{"quality": 0.5, "thrift": 0.2},
 }
-"""Fields of a market whose log is like real ones in 37 of 39 figures (`docs/market.md`), and whose items differ
-in worth. Chosen by those figures alone, before any test was run."""
+"""Fields of a market whose log is like real ones in 37 of 39 figures (`docs/market.md`), and whose items
+differ in worth. Chosen by those figures alone, before any test was run."""
 
 
 def world(events: int, users: int, seed: int = 1, **others: Any) -> MarketConfig:
@@ -115,7 +115,7 @@ class PlatformConfig:
     ranker_rows: int = 400_000
 
     def __post_init__(self) -> None:
-        if self.warm_up < 1 or self.most_of_one < 1 or self.ranker_rows < 1 or self.order_weight < 0:
+        if min(self.warm_up, self.most_of_one, self.ranker_rows) < 1 or not self.order_weight >= 0:
             raise InputError(
                 f"{self}: warm_up, most_of_one and ranker_rows are at least 1, order_weight at least 0."
             )
@@ -161,6 +161,10 @@ class Plan:
             raise InputError(
                 f"{self.days} days, retraining after {self.retrain}: expected at least 1, and 0 or more."
             )
+        if min(self.seed, self.draw) < 0:
+            raise InputError(f"seed is {self.seed}, draw is {self.draw}: expected at least 0.")
+        if self.market.string_ids:
+            raise InputError("the market has string ids, expected integers: leave string_ids out.")
         if self.market.days < 2 * (self.days + self.platform.warm_up):
             raise InputError(
                 f"a market of {self.market.days:g} days is short for {self.platform.warm_up} of warm-up and "
