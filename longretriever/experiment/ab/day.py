@@ -263,7 +263,7 @@ def _nth(key: np.ndarray) -> np.ndarray:
 
 
 class _Lately:
-    """What was shown to whom, and when; asked for the 24 hours before a visit."""
+    """What was shown to whom, and when; asked for the 24 hours before a visit, first second included."""
 
     DAY = 86_400
 
@@ -283,7 +283,10 @@ class _Lately:
         return self._columns[0]
 
     def has(self, user: np.ndarray, item: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """[n] whether each user was shown each item within a day before `at`."""
+        """[n] whether each user was shown each item since a day before `at`.
+
+        Also after `at`: the visit before may have pages that are later than the beginning of this one.
+        """
         return self._count(user, item, at, None) > 0
 
     def of_category(
@@ -296,7 +299,7 @@ class _Lately:
         shown_user, shown_item, time = self._all()
         if len(time) == 0 or len(user) == 0:
             return np.zeros(len(user), np.int64)
-        recent = (time > at.min() - self.DAY) & np.isin(shown_user, np.unique(user))
+        recent = (time >= at.min() - self.DAY) & np.isin(shown_user, np.unique(user))
         shown_user, time = shown_user[recent], time[recent]
         shown = shown_item[recent] if of is None else of[shown_item[recent]]
         span = 1 + max(int(what.max()), int(shown.max(initial=0)))
@@ -304,5 +307,6 @@ class _Lately:
         begin = int(min(time.min(initial=at.min()), at.min())) - self.DAY
         seconds = int(max(time.max(initial=0), at.max())) - begin + 1
         line = np.sort((shown_user * span + shown) * seconds + time - begin)
-        asked = (user * span + what) * seconds + at - begin
-        return np.searchsorted(line, asked) - np.searchsorted(line, asked - self.DAY)
+        key = (user * span + what) * seconds
+        until = key + seconds if of is None else key + at - begin
+        return np.searchsorted(line, until) - np.searchsorted(line, key + at - begin - self.DAY)
