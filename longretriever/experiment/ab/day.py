@@ -244,12 +244,18 @@ class _Pages:
         for visit, slot in np.argwhere(explored_VS >= 0):
             mine = np.searchsorted(self.row, [visit, visit + 1])
             other = mine[0] + int(explored_VS[visit, slot] * (mine[1] - mine[0]))
-            if page_VS[visit, slot] >= 0 and self.left[other] and other not in page_VS[visit]:
+            if page_VS[visit, slot] >= 0 and self._fits(other, page_VS[visit], slot):
                 page_VS[visit, slot] = other
         there = page_VS >= 0
         self.left[page_VS[there]] = False
         page_VS[there] = self.order[page_VS[there]]
         return page_VS
+
+    def _fits(self, other: int, page_S: np.ndarray, slot: int) -> bool:
+        """Whether this candidate may take the slot of a page."""
+        beside = np.delete(page_S, slot)
+        of_one = np.count_nonzero(self.category[beside[beside >= 0]] == self.category[other])
+        return bool(self.left[other] and other not in page_S and of_one < self.most)
 
 
 def _nth(key: np.ndarray) -> np.ndarray:
