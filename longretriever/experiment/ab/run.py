@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,6 +26,7 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import BadZipFile
 
 import faiss
 import numpy as np
@@ -250,7 +252,8 @@ class Test:
                 store = self._store(arm, day)
                 if not store.exists():
                     self.say(f"{arm.name}: day {day}, folding what happened into the store")
-                    compact(self._store(arm, self._last_training(day - 1)), _journal(self.path, arm), store)
+                    # Of the store before the test: nothing leaves the journal, any day can be lived again.
+                    compact(self._store(arm, None), _journal(self.path, arm), store)
                 self._make_models(arm, day)
 
     def _knowledge(self, day: int) -> Knowledge:
@@ -432,7 +435,7 @@ _opened: dict[Any, Finder] = {}  # by this process, since opening costs more tha
 
 
 def _finder(route: Route, world: World) -> Finder:
-    key = (route.name, world.store, world.models.get(route.name))
+    key = (_hash(route), world.store, world.models.get(route.name))
     if key not in _opened:
         if route.counted is not None:
             _opened[key] = route.counted(Store.open(world.store))
@@ -481,7 +484,7 @@ def read_day(path: Path) -> Day:
         with np.load(path, allow_pickle=False) as arrays:
             shown = Shown(*(arrays[f"shown/{name}"] for name in Shown._fields))
             return Day(shown, *(arrays[name] for name in Day._fields[1:]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
         raise NotSaved(f"{path}: {error}. Remove this file, and the day is lived again.") from error
 
 
