@@ -259,18 +259,22 @@ class Test:
     def _knowledge(self, day: int) -> Knowledge:
         """What can be known at midnight before this day, from all arms."""
         c, now = self.plan.market, self.plan.begin + day * SECONDS_PER_DAY
-        past = [self._shown(arm, before) for before in range(day) for arm in self._arms_of(before)]
+        past = {before: [self._shown(arm, before) for arm in self._arms_of(before)] for before in range(day)}
         lately = (self.log.time < now) & (self.log.time >= now - WEEK)
         events = np.bincount(self.log.item[lately], minlength=c.items).astype(np.float64)
         shown, clicked = np.zeros(c.items), np.zeros(c.items)
-        for one in past:
-            shown += np.bincount(one.item, minlength=c.items)
-            clicked += np.bincount(one.item[one.click], minlength=c.items)
-        events += clicked / len(self.plan.arms)
+        for before, arms in past.items():
+            clicks = np.zeros(c.items)
+            for one in arms:
+                shown += np.bincount(one.item, minlength=c.items)
+                clicks += np.bincount(one.item[one.click], minlength=c.items)
+            clicked += clicks
+            if (day - before) * SECONDS_PER_DAY <= WEEK:
+                events += clicks / len(arms)
         trees = None
         if past:
             self.say(f"day {day}: the ranker learns")
-            trees = self._trees(past)
+            trees = self._trees([one for arms in past.values() for one in arms])
         return Knowledge(trees, Statistics(events, shown, clicked), self._factors)
 
     def _trees(self, past: Sequence[Shown]) -> Any:
