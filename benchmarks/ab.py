@@ -56,8 +56,8 @@ def measure(users: int, events: int, samples: int, folder: Path) -> dict[str, ob
         ab._live(plan, test._world(None, 0), None, 0, test._knowledge(0))
     test._begin(day, [arm])
     timed = {route.name: Timed(ab._finder(route, place)) for route in arm.routes}
-    for route in arm.routes:
-        ab._opened[route.name, place.store, place.models.get(route.name)] = timed[route.name]
+    for key, finder in ab._opened.items():
+        ab._opened[key] = next(one for one in timed.values() if one.finder is finder)
     knows = test._knowledge(day)
     began = time.perf_counter()
     ab._live(plan, place, arm, day, knows)

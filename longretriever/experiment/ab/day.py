@@ -244,12 +244,18 @@ class _Pages:
         for visit, slot in np.argwhere(explored_VS >= 0):
             mine = np.searchsorted(self.row, [visit, visit + 1])
             other = mine[0] + int(explored_VS[visit, slot] * (mine[1] - mine[0]))
-            if page_VS[visit, slot] >= 0 and self.left[other] and other not in page_VS[visit]:
+            if page_VS[visit, slot] >= 0 and self._fits(other, page_VS[visit], slot):
                 page_VS[visit, slot] = other
         there = page_VS >= 0
         self.left[page_VS[there]] = False
         page_VS[there] = self.order[page_VS[there]]
         return page_VS
+
+    def _fits(self, other: int, page_S: np.ndarray, slot: int) -> bool:
+        """Whether this candidate may take the slot of a page."""
+        beside = np.delete(page_S, slot)
+        of_one = np.count_nonzero(self.category[beside[beside >= 0]] == self.category[other])
+        return bool(self.left[other] and other not in page_S and of_one < self.most)
 
 
 def _nth(key: np.ndarray) -> np.ndarray:
@@ -263,7 +269,7 @@ def _nth(key: np.ndarray) -> np.ndarray:
 
 
 class _Lately:
-    """What was shown to whom, and when; asked for the 24 hours before a visit."""
+    """What was shown to whom, and when; asked for the 24 hours before a visit, first second included."""
 
     DAY = 86_400
 
@@ -283,7 +289,10 @@ class _Lately:
         return self._columns[0]
 
     def has(self, user: np.ndarray, item: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """[n] whether each user was shown each item within a day before `at`."""
+        """[n] whether each user was shown each item since a day before `at`.
+
+        Also after `at`: the visit before may have pages that are later than the beginning of this one.
+        """
         return self._count(user, item, at, None) > 0
 
     def of_category(
@@ -296,7 +305,7 @@ class _Lately:
         shown_user, shown_item, time = self._all()
         if len(time) == 0 or len(user) == 0:
             return np.zeros(len(user), np.int64)
-        recent = (time > at.min() - self.DAY) & np.isin(shown_user, np.unique(user))
+        recent = (time >= at.min() - self.DAY) & np.isin(shown_user, np.unique(user))
         shown_user, time = shown_user[recent], time[recent]
         shown = shown_item[recent] if of is None else of[shown_item[recent]]
         span = 1 + max(int(what.max()), int(shown.max(initial=0)))
@@ -304,5 +313,6 @@ class _Lately:
         begin = int(min(time.min(initial=at.min()), at.min())) - self.DAY
         seconds = int(max(time.max(initial=0), at.max())) - begin + 1
         line = np.sort((shown_user * span + shown) * seconds + time - begin)
-        asked = (user * span + what) * seconds + at - begin
-        return np.searchsorted(line, asked) - np.searchsorted(line, asked - self.DAY)
+        key = (user * span + what) * seconds
+        until = key + seconds if of is None else key + at - begin
+        return np.searchsorted(line, until) - np.searchsorted(line, key + at - begin - self.DAY)

@@ -126,7 +126,7 @@ def summary(sums: Sums, seed: int, resamples: int = metrics.RESAMPLES) -> dict[s
     above_UM, below_UM = _stacked(sums)
     times_RU = _resampled(len(above_UM), seed, resamples)
     with np.errstate(divide="ignore", invalid="ignore"):
-        low_M, high_M = np.nanquantile((times_RU @ above_UM) / (times_RU @ below_UM), _TAILS, axis=0)
+        low_M, high_M = _ends((times_RU @ above_UM) / (times_RU @ below_UM))
     return {
         name: {"value": value(pair), "interval": [float(low), float(high)]}
         for (name, pair), low, high in zip(sums.items(), low_M, high_M, strict=True)
@@ -146,7 +146,7 @@ def compare(treatment: Sums, control: Sums, seed: int, flips: int = 5_000) -> li
     times_RU = _resampled(len(t_UM), seed, metrics.RESAMPLES)
     with np.errstate(divide="ignore", invalid="ignore"):
         lift_RM = ((times_RU @ t_UM) / (times_RU @ tb_UM)) / ((times_RU @ c_UM) / (times_RU @ cb_UM)) - 1
-        low_M, high_M = np.nanquantile(lift_RM, _TAILS, axis=0)
+        low_M, high_M = _ends(lift_RM)
     p_M = _exchange(t_UM, tb_UM, c_UM, cb_UM, np.random.default_rng([seed, 1]), flips)
     rows = []
     for m, name in enumerate(names):
@@ -177,6 +177,14 @@ def _resampled(users: int, seed: int, resamples: int) -> np.ndarray:
     """[R, U] how often each user is in each resample; the same for the same seed."""
     rng = np.random.default_rng([seed, 0])
     return rng.multinomial(users, np.full(users, 1 / users), size=resamples).astype(np.float64)
+
+
+def _ends(resampled_RM: np.ndarray) -> np.ndarray:
+    """[2, M] of the 95% intervals; resamples with nothing to divide by are left out, NaN where all are."""
+    ends_2M = np.full((2, resampled_RM.shape[1]), np.nan)
+    some_M = ~np.isnan(resampled_RM).all(axis=0)
+    ends_2M[:, some_M] = np.nanquantile(resampled_RM[:, some_M], _TAILS, axis=0)
+    return ends_2M
 
 
 def _exchange(

@@ -48,8 +48,10 @@ class Route:
 
     name       as it stands in the report
     learn      a training configuration; routes with equal ones share their trainings
-    counted    instead of `learn`: what makes a `Finder` of the store of the time before the test
-    interests, merge, asking, rules   how a learned model is asked; see `experiment.plan.Arm` and `Rules`
+    counted    instead of `learn`: what makes a `Finder` of a store: that before the test, or, where models are
+               trained again, the one that they are trained on
+    interests, merge, asking   how a learned model is asked; see `experiment.plan.Arm`
+    rules      and what is demanded of it
     k          candidates of a request
     """
 
@@ -106,7 +108,7 @@ class PlatformConfig:
                    ranker has something to learn from; nothing of it counts
     explore        share of slots that a random candidate gets, so that the ranker goes on learning
     most_of_one    items of one category on a page, at most
-    order_weight   how many clicks an order counts for in the ranker
+    order_weight   how many clicks more an order counts for in the ranker, beside its own
     ranker_rows    impressions that the ranker learns from, the newest
     """
 
@@ -117,7 +119,7 @@ class PlatformConfig:
     ranker_rows: int = 400_000
 
     def __post_init__(self) -> None:
-        if self.warm_up < 1 or self.most_of_one < 1 or self.ranker_rows < 1 or self.order_weight < 0:
+        if min(self.warm_up, self.most_of_one, self.ranker_rows) < 1 or not self.order_weight >= 0:
             raise InputError(
                 f"{self}: warm_up, most_of_one and ranker_rows are at least 1, order_weight at least 0."
             )
@@ -163,6 +165,10 @@ class Plan:
             raise InputError(
                 f"{self.days} days, retraining after {self.retrain}: expected at least 1, and 0 or more."
             )
+        if min(self.seed, self.draw) < 0:
+            raise InputError(f"seed is {self.seed}, draw is {self.draw}: expected at least 0.")
+        if self.market.string_ids:
+            raise InputError("the market has string ids, expected integers: leave string_ids out.")
         if self.market.days < 2 * (self.days + self.platform.warm_up):
             raise InputError(
                 f"a market of {self.market.days:g} days is short for {self.platform.warm_up} of warm-up and "
@@ -178,6 +184,12 @@ class Plan:
                 f"{len(self.routes)} routes, expected at most {MOST_ROUTES} in all arms together."
             )
         for route in self.routes:  # whatever is wrong with a configuration is said before the first hour
+            strange = {"seed", "minutes", "samples"} - {f.name for f in fields(route.learn or self)}
+            if strange:
+                raise InputError(
+                    f"route {route.name!r}: {type(route.learn).__name__} has no field {strange.pop()!r}, "
+                    "which a plan sets."
+                )
             described([route.learn, route.counted, route.load, route.rules])
 
     def changed(self, assignments: Sequence[str]) -> Plan:

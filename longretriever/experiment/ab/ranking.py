@@ -36,7 +36,9 @@ def need_sklearn() -> None:
 class Statistics:
     """What the platform has counted up to last midnight, over all arms together.
 
-    events  [I] behaviors in the week before, shown [I] impressions in the feed, clicked [I] clicks there
+    events   [I] behaviors in the week before, those in the feed (clicks) as the mean of the arms
+    shown    [I] impressions in the feed since the warm-up
+    clicked  [I] clicks there
     """
 
     events: np.ndarray

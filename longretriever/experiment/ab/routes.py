@@ -52,7 +52,10 @@ class Popular:
 
 
 class ItemToItem:
-    """Neighbours (BM25) of the user's last `last` distinct items, the newer the heavier."""
+    """Neighbours (BM25) of the user's last `last` distinct items, the newer the heavier.
+
+    They are looked for among the last 4 * `last` behaviors.
+    """
 
     def __init__(self, store: Store, last: int = 50) -> None:
         self.last = last

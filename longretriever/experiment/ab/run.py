@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,6 +26,7 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import BadZipFile
 
 import faiss
 import numpy as np
@@ -35,7 +37,7 @@ from longretriever.evaluate import metrics
 from longretriever.events import SECONDS_PER_DAY, TIME
 from longretriever.experiment.ab import online
 from longretriever.experiment.ab.day import Day, Numbering, Platform, Shown, write
-from longretriever.experiment.ab.plan import Arm, Finder, Plan, Route
+from longretriever.experiment.ab.plan import MOST_ROUTES, Arm, Finder, Plan, Route
 from longretriever.experiment.ab.ranking import Features, Ranker, Statistics, learned, need_sklearn
 from longretriever.experiment.ab.routes import Learned
 from longretriever.experiment.apart import learn_apart
@@ -250,24 +252,29 @@ class Test:
                 store = self._store(arm, day)
                 if not store.exists():
                     self.say(f"{arm.name}: day {day}, folding what happened into the store")
-                    compact(self._store(arm, self._last_training(day - 1)), _journal(self.path, arm), store)
+                    # Of the store before the test: nothing leaves the journal, any day can be lived again.
+                    compact(self._store(arm, None), _journal(self.path, arm), store)
                 self._make_models(arm, day)
 
     def _knowledge(self, day: int) -> Knowledge:
         """What can be known at midnight before this day, from all arms."""
         c, now = self.plan.market, self.plan.begin + day * SECONDS_PER_DAY
-        past = [self._shown(arm, before) for before in range(day) for arm in self._arms_of(before)]
+        past = {before: [self._shown(arm, before) for arm in self._arms_of(before)] for before in range(day)}
         lately = (self.log.time < now) & (self.log.time >= now - WEEK)
         events = np.bincount(self.log.item[lately], minlength=c.items).astype(np.float64)
         shown, clicked = np.zeros(c.items), np.zeros(c.items)
-        for one in past:
-            shown += np.bincount(one.item, minlength=c.items)
-            clicked += np.bincount(one.item[one.click], minlength=c.items)
-        events += clicked / len(self.plan.arms)
+        for before, arms in past.items():
+            clicks = np.zeros(c.items)
+            for one in arms:
+                shown += np.bincount(one.item, minlength=c.items)
+                clicks += np.bincount(one.item[one.click], minlength=c.items)
+            clicked += clicks
+            if (day - before) * SECONDS_PER_DAY <= WEEK:
+                events += clicks / len(arms)
         trees = None
         if past:
             self.say(f"day {day}: the ranker learns")
-            trees = self._trees(past)
+            trees = self._trees([one for arms in past.values() for one in arms])
         return Knowledge(trees, Statistics(events, shown, clicked), self._factors)
 
     def _trees(self, past: Sequence[Shown]) -> Any:
@@ -438,8 +445,10 @@ _opened: dict[Any, Finder] = {}  # by this process, since opening costs more tha
 
 
 def _finder(route: Route, world: World) -> Finder:
-    key = (route.name, world.store, world.models.get(route.name))
+    key = (_hash(route), world.store, world.models.get(route.name))
     if key not in _opened:
+        if len(_opened) > MOST_ROUTES:  # of former trainings, or other tests
+            _opened.clear()
         if route.counted is not None:
             _opened[key] = route.counted(Store.open(world.store))
         else:
@@ -488,7 +497,7 @@ def read_day(path: Path) -> Day:
         with np.load(path, allow_pickle=False) as arrays:
             shown = Shown(*(arrays[f"shown/{name}"] for name in Shown._fields))
             return Day(shown, *(arrays[name] for name in Day._fields[1:]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
         raise NotSaved(f"{path}: {error}. Remove this file, and the day is lived again.") from error
 
 

@@ -53,15 +53,15 @@ def run_aa(
     folder, found = Path(work), []
     with alone(folder), processes(min(workers or cores(), runs)) as pool:
         Test(nth(plan, 0), folder, learn, said or (lambda line: None), trained).prepare()
-        for n, waiting in enumerate([pool(_once, plan, folder, n) for n in range(runs)]):
+        for n, waiting in enumerate([pool(_once, plan, folder, n, learn) for n in range(runs)]):
             found.append(waiting())
             if tested:
                 tested(n + 1, runs)
     return {"runs": runs, "level": LEVEL, "figures": _false_positives(found)}
 
 
-def _once(plan: Plan, folder: Path, n: int) -> list[dict[str, Any]]:
-    test = Test(nth(plan, n), folder, learn_apart, lambda line: None, None)
+def _once(plan: Plan, folder: Path, n: int, learn: Learn) -> list[dict[str, Any]]:
+    test = Test(nth(plan, n), folder, learn, lambda line: None, None)
     test.path.mkdir(exist_ok=True)
     test.live(1, lambda done, total: None)
     return test.result("", "")["comparisons"]
@@ -88,7 +88,7 @@ def _false_positives(found: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, 
             "p_under_level": float(sure.mean()),
             "interval_misses_0": float(missed.mean()),
             "standard_error": float(np.sqrt(LEVEL * (1 - LEVEL) / len(rows))),
-            "least_p": float(min(row["p"] for row in rows)),
+            "least_p": float(np.fmin.reduce([row["p"] for row in rows])),
         }
     return out
 
