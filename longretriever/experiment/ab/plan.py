@@ -48,8 +48,8 @@ class Route:
 
     name       as it stands in the report
     learn      a training configuration; routes with equal ones share their trainings
-    counted    instead of `learn`: what makes a `Finder` of a store: that before the test, or, where models are
-               trained again, the one that they are trained on
+    counted    instead of `learn`: what makes a `Finder` of a store: the one before the test, or, where models
+               are trained again, that which they are trained on
     interests, merge, asking   how a learned model is asked; see `experiment.plan.Arm`
     rules      and what is demanded of it
     k          candidates of a request

@@ -119,6 +119,7 @@ def test_the_result_says_what_was_found_and_how(result, work):
     assert result["routes"]["popular"] == {
         "counted": "longretriever.experiment.ab.routes.Popular",
         "asked": {},
+        "rules": {},
         "k": 30,
     }
     made = result["made"]
