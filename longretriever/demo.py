@@ -71,7 +71,7 @@ def run(path: Path, events: int, minutes: float, seed: int, console: Console) ->
     answer = retriever.retrieve(user_id, k=500, rules=Rules(exclude_seen=True))
     show_retrieval(answer, 12)
     console.print(_truth(market, retriever, answer))
-    console.print(Panel("[bold]4  A test[/]  people live two days with it, and the same people without"))
+    console.print(Panel("[bold]4  A test[/]  800 people live two days with it, and the same people without"))
     _test(path / "ab", seed, console)
     console.print(
         f"\nDone in {time.perf_counter() - began:.0f} s. Look at any user and why, in a browser: "
@@ -85,7 +85,8 @@ def _test(path: Path, seed: int, console: Console) -> None:
     popular, neighbours = Route("popular", counted=Popular), Route("item-to-item", counted=ItemToItem)
     ours = Route("LongRetriever", learn=TrainConfig())
     arms = Arm("without", (popular, neighbours)), Arm("with LongRetriever", (popular, neighbours, ours))
-    plan = Plan(world(100_000, 600, seed), arms, days=2, samples=80_000, seed=seed)
+    market = world(150_000, 800, seed, items=25_000)
+    plan = Plan(market, arms, days=2, samples=100_000, seed=seed)
     try:
         need_sklearn()
         need_extra()
