@@ -894,6 +894,9 @@ def paper(
         int, typer.Option(min=0, help="Markets for each value of the sweeps; 0: none.")
     ] = 1,
     sweep_days: Annotated[int, typer.Option(min=1, help="Days of a test in the sweeps.")] = 3,
+    swept: Annotated[
+        str, typer.Option("--sweeps", help="Comma-separated: lives, interests, taste, drift.")
+    ] = "lives,interests,taste,drift",
     paper_figures: Annotated[
         Path | None, typer.Option(help="JSON of the paper's own lifts, to be printed beside.")
     ] = None,
@@ -938,6 +941,7 @@ def paper(
             worlds=worlds,
             sweep_worlds=sweep_worlds,
             sweep_days=sweep_days,
+            swept=[key.strip() for key in swept.split(",") if key.strip()],
             figures_of_paper=of_paper,
             workers=workers,
             said=_say,

@@ -67,8 +67,12 @@ OURS_TOO = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """One property of the world at several values, and for each the fields that make it so."""
+    """One property of the world at several values, and for each the fields that make it so.
 
+    key  names it in options of commands
+    """
+
+    key: str
     name: str
     values: tuple[tuple[str, Mapping[str, Any]], ...]
 
@@ -78,10 +82,12 @@ def sweeps(base: MarketConfig) -> tuple[Sweep, ...]:
     own = base.moving / max(1e-9, 1 - base.common)
     return (
         Sweep(
+            "lives",
             "behaviors of a life",
             tuple((f"{n:,}", _lives(base, n)) for n in (100, 400, 1_600)),
         ),
         Sweep(
+            "interests",
             "interests",
             tuple(
                 (f"{few} to {most}", {"fewest_interests": few, "most_interests": most})
@@ -89,10 +95,13 @@ def sweeps(base: MarketConfig) -> tuple[Sweep, ...]:
             ),
         ),
         Sweep(
+            "taste",
             "taste shared by all categories",
             tuple((f"{c:.0%}", {"common": c, "moving": own * (1 - c)}) for c in (0.0, 0.35, 0.8)),
         ),
-        Sweep("drift period, days", tuple((f"{d:g}", {"drift_days": d}) for d in (7.0, 30.0, 365.0))),
+        Sweep(
+            "drift", "drift period, days", tuple((f"{d:g}", {"drift_days": d}) for d in (7.0, 30.0, 365.0))
+        ),
     )
 
 
@@ -121,6 +130,7 @@ def run_paper(
     worlds: int = 5,
     sweep_worlds: int = 0,
     sweep_days: int = 3,
+    swept: Sequence[str] = ("lives", "interests", "taste", "drift"),
     figures_of_paper: Mapping[str, Any] | None = None,
     workers: int | None = None,
     said: Callable[[str], None] | None = None,
@@ -132,9 +142,9 @@ def run_paper(
 ) -> dict[str, Any]:
     """All tables over `worlds` markets, whose seeds follow that of `plan.market`; a dict that JSON can hold.
 
-    `plan.arms` are usually those of `arms`. With `sweep_worlds`, every value of `sweeps` is tried in so many
-    worlds, for `sweep_days` days. `figures_of_paper` (table -> arm -> figure -> lift) is printed beside what
-    came out. Finished days lie in `work`, and a second call goes on.
+    `plan.arms` are usually `arms()`. With `sweep_worlds`, every value of the `swept` ones of `sweeps` is
+    tried in so many worlds, for `sweep_days` days. `figures_of_paper` (table -> arm -> figure -> lift) is
+    printed beside what came out. Finished days lie in `work`, and a second call goes on.
 
     Costs worlds * (trainings + arms * days); see `experiment.ab.run.run` for what is raised.
     """
@@ -146,6 +156,11 @@ def run_paper(
         raise InputError(
             f"{sweep_worlds} worlds for the sweeps, expected at most the {worlds} of the tables."
         )
+    chosen = [sweep for sweep in sweeps(plan.market) if sweep.key in swept]
+    strange = set(swept) - {sweep.key for sweep in chosen}
+    if strange:
+        keys = ", ".join(sweep.key for sweep in sweeps(plan.market))
+        raise InputError(f"sweep {strange.pop()!r}: expected some of {keys}.")
     say = said or (lambda line: None)
     options: dict[str, Any] = {"workers": workers, "trained": trained, "lived": lived, "learn": learn}
 
@@ -155,8 +170,8 @@ def run_paper(
 
     seeds = [plan.market.seed + n for n in range(worlds)]
     found = [live(_in_world(plan, seed, {}), f"world {seed}") for seed in seeds]
-    swept = []
-    for sweep in sweeps(plan.market) if sweep_worlds else ():
+    maps = []
+    for sweep in chosen if sweep_worlds else ():
         points = []
         for value, changes in sweep.values:
             tests = [
@@ -166,7 +181,7 @@ def run_paper(
                 for seed in seeds[:sweep_worlds]
             ]
             points.append({"value": value, "changes": dict(changes), "claims": judged(tests)})
-        swept.append({"name": sweep.name, "points": points})
+        maps.append({"name": sweep.name, "points": points})
     return {
         "format": FORMAT,
         "worlds": seeds,
@@ -179,7 +194,7 @@ def run_paper(
             for name in found[0]["arms"]
         },
         "of_paper": figures_of_paper or {},
-        "sweeps": swept,
+        "sweeps": maps,
         "plan": found[0]["plan"],
         "definitions": {"figures": found[0]["figures"], "of_route": found[0]["of_route"]},
         "made": {

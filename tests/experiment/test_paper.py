@@ -171,3 +171,11 @@ def test_every_arm_has_the_base_routes_and_its_own():
 def test_one_world_is_too_few(tmp_path):
     with pytest.raises(InputError, match="1 worlds, expected at least 2"):
         paper.run_paper(Plan(market=BASE, arms=paper.arms()), tmp_path, worlds=1)
+
+
+def test_a_sweep_that_does_not_exist_is_said_before_anything_is_lived(tmp_path):
+    plan = Plan(world(20_000, 200), paper.arms())
+    with pytest.raises(InputError, match="sweep 'weather': expected some of lives, interests, taste, drift"):
+        paper.run_paper(plan, tmp_path, swept=("weather",))
+    with pytest.raises(InputError, match="3 worlds for the sweeps, expected at most the 2 of the tables"):
+        paper.run_paper(plan, tmp_path, worlds=2, sweep_worlds=3)
