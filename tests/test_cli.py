@@ -321,6 +321,7 @@ def test_aa_tests_in_the_market(command):
         (("--arm", "popular"), r"arm 'popular': expected NAME=ROUTE,ROUTE"),
         (("--set", "feed.slotz=3"), r"'feed.slotz=3': expected market.FIELD=VALUE.* slots, "),
         (("--set", "slots=3"), r"'slots=3': expected market.FIELD=VALUE.*market, feed, platform"),
+        (("--set", "market.start=5"), r"'market.start=5': expected market.FIELD=VALUE.* events, users, "),
         (("--set", "feed.slots=many"), r"'many' is no int, as 10 is"),
         (("--test-users", 9_000), r"9,000 users, expected 1 to 80"),
     ],
