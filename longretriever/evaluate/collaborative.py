@@ -9,7 +9,7 @@ U users, I items, J items that occur in train ("shown"), B requests at once, D d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -97,7 +97,7 @@ class ALS:
                 if new:
                     score[places] = -np.inf
                 if len(places):
-                    best = _best(score, k)
+                    best = best_of(score, k)
                     row[: len(best)] = self.shown[best]
         return Lists(item)
 
@@ -138,18 +138,24 @@ class BM25:
         """See `Recommender`."""
         item = np.full((len(users), k), -1, dtype=np.int64)
         for rows, met, count in _histories(self.full, self.place, users, before):
-            begin = np.r_[0, np.cumsum([len(places) for places in met])]
-            history_BJ = type(self.similarity)(
-                (np.concatenate(count), np.concatenate(met), begin), shape=(len(met), len(self.shown))
-            )
-            found_BJ = (history_BJ @ self.similarity).sorted_indices()
-            for at, (row, places) in enumerate(zip(item[rows], met, strict=True)):
-                found, score = _row(found_BJ, at)
+            for row, places, (found, score) in zip(item[rows], met, self.scores(met, count), strict=True):
                 if new:
                     score = np.where(np.isin(found, places), -np.inf, score)
-                best = _best(score, k)
+                best = best_of(score, k)
                 row[: len(best)] = self.shown[found[best]]
         return Lists(item)
+
+    def scores(
+        self, met: Sequence[np.ndarray], weight: Sequence[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each history, places of items met and weights: places in `shown`, ascending, and scores."""
+        begin = np.r_[0, np.cumsum([len(places) for places in met])]
+        history_BJ = type(self.similarity)(
+            (np.concatenate(weight), np.concatenate(met), begin), shape=(len(met), len(self.shown))
+        )
+        found_BJ = (history_BJ @ self.similarity).sorted_indices()
+        for at in range(len(met)):
+            yield _row(found_BJ, at)
 
 
 def recall_by_weighting(
@@ -233,7 +239,7 @@ def _histories(
         yield rows, met, count
 
 
-def _best(score: np.ndarray, k: int) -> np.ndarray:
+def best_of(score: np.ndarray, k: int) -> np.ndarray:
     """[<= k] positions by descending score, the smaller one first among equals; none of score -inf."""
     found = np.arange(len(score))
     if k < len(score):

@@ -13,7 +13,7 @@ import numpy as np
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-_ENDS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
+ENDS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 _NORMAL_95 = 1.96  # standard deviations
 _SIGNS_AT_ONCE = 1 << 22  # random signs held at once, 32 MB
 
@@ -130,7 +130,7 @@ def interval(
     if len(value_NM) == 0:
         return np.full((2, value_NM.shape[1]), np.nan)
     return np.quantile(
-        _resampled(value_NM, np.ones((len(value_NM), 1)), user_N, rng, resamples), _ENDS, axis=0
+        _resampled(value_NM, np.ones((len(value_NM), 1)), user_N, rng, resamples), ENDS, axis=0
     )
 
 
@@ -149,7 +149,7 @@ def ratio_interval(
     some_M = whole_NM.sum(axis=0) > 0
     if some_M.any():
         ratio_RM = _resampled(part_NM[:, some_M], whole_NM[:, some_M], user_N, rng, resamples)
-        ends_2M[:, some_M] = np.nanquantile(ratio_RM, _ENDS, axis=0)
+        ends_2M[:, some_M] = np.nanquantile(ratio_RM, ENDS, axis=0)
     return ends_2M
 
 

@@ -315,7 +315,7 @@ def made(result: Result) -> Iterator[Block]:
     yield Table("", [("", "")] * len(machines), rows)
     for name, arm in result["arms"].items():
         what = {key: arm[key] for key in ("learns", "rival", "asked") if arm[key]}
-        yield Code(f"Configuration of {name}", json.dumps(what, indent=1, ensure_ascii=False))
+        yield page.code(f"Configuration of {name}", what)
 
 
 def said(value: Any) -> Cell:

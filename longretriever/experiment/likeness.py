@@ -8,7 +8,6 @@ market to turn. Few logs make a wide range, so each real log is left out in turn
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -29,8 +28,8 @@ from longretriever.errors import InputError
 from longretriever.evaluate.describe import curves, describe
 from longretriever.experiment import page, plots
 from longretriever.experiment.figures import JUDGED, MOVES, SIZES, Figure
-from longretriever.experiment.page import Block, Cell, Code, Plots, Points, Section, Table, Text
-from longretriever.experiment.runs import environment, write_whole
+from longretriever.experiment.page import Block, Cell, Plots, Points, Section, Table, Text
+from longretriever.experiment.runs import environment
 from longretriever.market import Market, MarketConfig
 from longretriever.saved import opening
 from longretriever.store.behaviors import Store
@@ -226,17 +225,9 @@ def _turns(row: Mapping[str, Any]) -> str:
 def write(result: Mapping[str, Any], out: str | os.PathLike[str]) -> list[Path]:
     """Write `results.json`, `report.md` and `report.html` into the folder `out`, and return their paths.
 
-    Raises `MissingExtra` without the packages for the page; `page.need_extra` says so before.
+    Raises `MissingExtra` as `page.write` does.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("results.json", "report.md", "report.html")]
-    data = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(files[0], data.encode())
-    title, made = "A generated log beside real ones", sections(result)
-    write_whole(files[1], page.markdown(title, made).encode())
-    write_whole(files[2], page.html(title, made).encode())
-    return files
+    return page.write(out, result, "A generated log beside real ones", sections(result))
 
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
@@ -327,4 +318,4 @@ def _pictures(result: Mapping[str, Any]) -> Plots:
 def _made(result: Mapping[str, Any]) -> Iterator[Block]:
     rows = [(name, [Cell(str(value), prose=True)]) for name, value in result["made"].items() if value != ""]
     yield Table("", [("", "")], rows)
-    yield Code("Configuration of the market", json.dumps(result[GENERATED]["config"], indent=1))
+    yield page.code("Configuration of the market", result[GENERATED]["config"])

@@ -192,6 +192,11 @@ def _plain(text: str) -> str:
 # -- what all reports say alike
 
 
+def code(title: str, value: Any) -> Code:
+    """A value as JSON, folded."""
+    return Code(title, json.dumps(value, indent=1, ensure_ascii=False))
+
+
 def facts(of: Mapping[str, Any]) -> Table:
     """Names and what stands for them, which may be long."""
     rows = [(name, [Cell(str(value), prose=True)]) for name, value in of.items() if value != ""]

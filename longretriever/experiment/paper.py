@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from longretriever.experiment.ab.routes import NEW_ITEMS, known
 from longretriever.experiment.ab.run import run
 from longretriever.experiment.ablations import OURS, PAPER
 from longretriever.experiment.apart import learn_apart
-from longretriever.experiment.runs import SURE, Learn, environment
+from longretriever.experiment.runs import SURE, Learn, environment, made
 from longretriever.market import MarketConfig
 
 if TYPE_CHECKING:
@@ -198,8 +197,7 @@ def run_paper(
         "plan": found[0]["plan"],
         "definitions": {"figures": found[0]["figures"], "of_route": found[0]["of_route"]},
         "made": {
-            "command": command,
-            "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            **made(command, date),
             "environment": environment(),
             "configurations": found[0]["routes"],
         },

@@ -7,7 +7,6 @@ nothing to divide by is NaN there, None here and in JSON, and "–" to the reade
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,8 +18,8 @@ from rich.table import Table as Grid
 from rich.text import Text as Line
 
 from longretriever.experiment import page, plots
-from longretriever.experiment.ab.report import digits, label, percent, strict
-from longretriever.experiment.page import NONE, Block, Cell, Code, Plots, Points, Section, Table, Text, many
+from longretriever.experiment.ab.report import digits, label, percent, planned, strict
+from longretriever.experiment.page import NONE, Block, Cell, Plots, Points, Section, Table, Text, many
 from longretriever.experiment.paper import MAIN, ROUTE_FIGURES, SHOWN
 
 Result = Mapping[str, Any]
@@ -248,26 +247,19 @@ def _how_to_read(result: Result) -> Iterator[str]:
 
 
 def _made(result: Result) -> Iterator[Block]:
-    made, plan = result["made"], dict(result["plan"])
-    parts = {what: plan.pop(what) for what in ("market", "feed", "platform")}
-    own = "as configured"
-    bounds = {"retrain": "never", "minutes": own, "samples": own, "threads": "all processors"}
-    told = {name: value or bounds.get(name, value) for name, value in plan.items()}
+    made = result["made"]
+    told, parts = planned(result["plan"])
     seeds = ", ".join(map(str, result["worlds"]))
     yield page.facts({"command": made["command"], "date": made["date"], "seeds of worlds": seeds, **told})
     yield page.facts({name: value or NONE for name, value in made["environment"].items()})
     for what, config in parts.items():
         first = ", first world" if what == "market" else ""
-        yield _code(f"Configuration of the {what}{first}", config)
+        yield page.code(f"Configuration of the {what}{first}", config)
     if result["sweeps"]:
         changes = {s["name"]: {p["value"]: p["changes"] for p in s["points"]} for s in result["sweeps"]}
-        yield _code("What is changed in the market, by property and value", changes)
+        yield page.code("What is changed in the market, by property and value", changes)
     for name, config in made["configurations"].items():
-        yield _code(f"Configuration of route {name}", config)
-
-
-def _code(title: str, value: Any) -> Code:
-    return Code(title, json.dumps(value, indent=1, ensure_ascii=False))
+        yield page.code(f"Configuration of route {name}", config)
 
 
 # -- for a terminal

@@ -23,8 +23,38 @@ from longretriever.saved import package_version
 from longretriever.store.behaviors import Store
 
 
+class Asked:
+    """What arms of an experiment and routes of a test have alike: a training, and how its model is asked."""
+
+    name: str
+    learn: Any
+    interests: Interests | None
+    merge: Merge | None
+    asking: Mapping[str, Any]
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """Keyword arguments of `Retriever.load`: those that are not left to the model."""
+        own = {"interests": self.interests, "merge": self.merge}
+        return {**{name: value for name, value in own.items() if value is not None}, **self.asking}
+
+    def config(self, seed: int, minutes: float | None, samples: int | None) -> Any:
+        """The configuration of a training; bounds that are None stay as in `learn`. None for a rival."""
+        if self.learn is None:
+            return None
+        given = {"seed": seed, "minutes": minutes, "samples": samples}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        strange = changes.keys() - {field.name for field in fields(self.learn)}
+        if strange:
+            raise InputError(
+                f"arm {self.name!r}: {type(self.learn).__name__} has no field {strange.pop()!r}, which the "
+                "plan sets. Leave that bound out, or the arm."
+            )
+        return replace(self.learn, **changes)
+
+
 @dataclass(frozen=True)
-class Arm:
+class Arm(Asked):
     """One system of an experiment: what it learns, and how it is asked.
 
     name       as it stands in the report
@@ -51,26 +81,6 @@ class Arm:
             raise InputError(f"arm {self.name!r}: expected either learn= or rival=.")
         if self.learn is not None and (isinstance(self.learn, type) or not is_dataclass(self.learn)):
             raise InputError(f"arm {self.name!r}: learn={self.learn!r}, expected a training configuration.")
-
-    @property
-    def load(self) -> dict[str, Any]:
-        """Keyword arguments of `Retriever.load`: those that are not left to the model."""
-        own = {"interests": self.interests, "merge": self.merge}
-        return {**{name: value for name, value in own.items() if value is not None}, **self.asking}
-
-    def config(self, seed: int, minutes: float | None, samples: int | None) -> Any:
-        """The configuration of a training; bounds that are None stay as in `learn`. None for a rival."""
-        if self.learn is None:
-            return None
-        given = {"seed": seed, "minutes": minutes, "samples": samples}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        strange = changes.keys() - {field.name for field in fields(self.learn)}
-        if strange:
-            raise InputError(
-                f"arm {self.name!r}: {type(self.learn).__name__} has no field {strange.pop()!r}, which the "
-                "plan sets. Leave that bound out, or the arm."
-            )
-        return replace(self.learn, **changes)
 
 
 @dataclass(frozen=True)

@@ -239,8 +239,7 @@ class Bench(ABC, Generic[Kept]):
             "data": evaluate(self.full, self.cut, {}, plan.k, plan.request_seed)["data"],
             "plan": {name: value for name, value in asdict(plan).items() if name != "arms"},
             "made": {
-                "command": command,
-                "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+                **made(command, date),
                 "stores": {"full": self.full.fingerprint, "train": self.train.fingerprint},
                 "environments": _distinct(m.facts["environment"] for m in measured.values()),
             },
@@ -449,13 +448,21 @@ def compare(plan: Plan, of_arm: Mapping[str, Mapping[int, Measured[Values]]]) ->
     return rows
 
 
-def correct(family: Sequence[dict[str, Any]]) -> None:
-    """Set `p_holm`, corrected for the number of these comparisons, and what is `found` by it."""
-    corrected = metrics.holm(np.array([row["p"] for row in family]))
-    for row, p in zip(family, corrected, strict=True):
+def correct(
+    family: Sequence[dict[str, Any]], is_more: Callable[[dict[str, Any]], bool] | None = None
+) -> None:
+    """Set `p_holm`, corrected for the number of these comparisons, and what is `found` by it.
+
+    A row whose p is NaN is undecided, and counts for nothing. `is_more` tells the direction of rows that have
+    no `difference`.
+    """
+    for row in family:
+        row |= {"p_holm": float("nan"), "found": "undecided"}
+    known = [row for row in family if not np.isnan(row["p"])]
+    for row, p in zip(known, metrics.holm(np.array([row["p"] for row in known])), strict=True):
         row["p_holm"] = float(p)
-        more = "more" if row["difference"] > 0 else "less"
-        row["found"] = more if p < SURE else "undecided"
+        if p < SURE:
+            row["found"] = "more" if (is_more(row) if is_more else row["difference"] > 0) else "less"
 
 
 def _differences(
@@ -548,6 +555,11 @@ def _by_seed(values: Sequence[Values]) -> dict[str, list[float]]:
     if values[0].coverage is not None:
         figures[f"coverage@{SHORT}"] = [round(v.coverage[0], 6) for v in values if v.coverage is not None]
     return figures
+
+
+def made(command: str, date: str | None) -> dict[str, str]:
+    """What called for a result, and when (now, unless given)."""
+    return {"command": command, "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
 
 
 def environment() -> dict[str, Any]:

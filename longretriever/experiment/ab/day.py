@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from longretriever.events import ITEM, SECONDS_PER_DAY
 from longretriever.experiment.ab.plan import Finder, PlatformConfig
 from longretriever.experiment.ab.ranking import Ranker
 from longretriever.market.feed import PAGE_SECONDS, Feed, Reaction, Visits, order_time
@@ -69,7 +70,7 @@ class Numbering:
 
     @classmethod
     def of(cls, store: Store, items: int) -> Numbering:
-        market_of = store.items["item_id"].to_numpy().astype(np.int64)
+        market_of = store.items[ITEM].to_numpy().astype(np.int64)
         store_of = np.full(items, -1, np.int64)
         store_of[market_of] = np.arange(len(market_of))
         return cls(market_of, store_of)
@@ -271,8 +272,6 @@ def _nth(key: np.ndarray) -> np.ndarray:
 class _Lately:
     """What was shown to whom, and when; asked for the 24 hours before a visit, first second included."""
 
-    DAY = 86_400
-
     def __init__(self) -> None:
         self._columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -305,14 +304,14 @@ class _Lately:
         shown_user, shown_item, time = self._all()
         if len(time) == 0 or len(user) == 0:
             return np.zeros(len(user), np.int64)
-        recent = (time >= at.min() - self.DAY) & np.isin(shown_user, np.unique(user))
+        recent = (time >= at.min() - SECONDS_PER_DAY) & np.isin(shown_user, np.unique(user))
         shown_user, time = shown_user[recent], time[recent]
         shown = shown_item[recent] if of is None else of[shown_item[recent]]
         span = 1 + max(int(what.max()), int(shown.max(initial=0)))
         # Seconds behind keys in one number: times of a key lie behind all those of the keys before it.
-        begin = int(min(time.min(initial=at.min()), at.min())) - self.DAY
+        begin = int(min(time.min(initial=at.min()), at.min())) - SECONDS_PER_DAY
         seconds = int(max(time.max(initial=0), at.max())) - begin + 1
         line = np.sort((shown_user * span + shown) * seconds + time - begin)
         key = (user * span + what) * seconds
         until = key + seconds if of is None else key + at - begin
-        return np.searchsorted(line, until) - np.searchsorted(line, key + at - begin - self.DAY)
+        return np.searchsorted(line, until) - np.searchsorted(line, key + at - begin - SECONDS_PER_DAY)

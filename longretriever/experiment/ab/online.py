@@ -164,7 +164,6 @@ def compare(treatment: Sums, control: Sums, seed: int, flips: int = 5_000) -> li
     return rows
 
 
-_TAILS = [(1 - metrics.CONFIDENCE) / 2, 1 - (1 - metrics.CONFIDENCE) / 2]
 _AT_ONCE = 1 << 23  # signs held at once
 
 
@@ -183,7 +182,7 @@ def _ends(resampled_RM: np.ndarray) -> np.ndarray:
     """[2, M] of the 95% intervals; resamples with nothing to divide by are left out, NaN where all are."""
     ends_2M = np.full((2, resampled_RM.shape[1]), np.nan)
     some_M = ~np.isnan(resampled_RM).all(axis=0)
-    ends_2M[:, some_M] = np.nanquantile(resampled_RM[:, some_M], _TAILS, axis=0)
+    ends_2M[:, some_M] = np.nanquantile(resampled_RM[:, some_M], metrics.ENDS, axis=0)
     return ends_2M
 
 

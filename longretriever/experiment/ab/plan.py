@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from longretriever.errors import InputError
-from longretriever.experiment.plan import described
+from longretriever.events import SECONDS_PER_DAY
+from longretriever.experiment.plan import Asked, described
 from longretriever.market import MarketConfig
 from longretriever.market.feed import FeedConfig
 from longretriever.retrieve.interests import Interests
@@ -43,7 +44,7 @@ class Finder(Protocol):
 
 
 @dataclass(frozen=True)
-class Route:
+class Route(Asked):
     """One way to candidates. Routes of equal name are the same route, in whichever arms they are.
 
     name       as it stands in the report
@@ -71,12 +72,6 @@ class Route:
             raise InputError(f"route {self.name!r}: learn={self.learn!r}, expected a training configuration.")
         if self.k < 1:
             raise InputError(f"route {self.name!r}: k is {self.k}, expected at least 1.")
-
-    @property
-    def load(self) -> dict[str, Any]:
-        """Keyword arguments of `Retriever.load`: those that are not left to the model."""
-        own = {"interests": self.interests, "merge": self.merge}
-        return {**{name: value for name, value in own.items() if value is not None}, **self.asking}
 
 
 @dataclass(frozen=True)
@@ -198,14 +193,13 @@ class Plan:
         for text in assignments:
             where, _, value = text.partition("=")
             group, _, name = where.partition(".")
-            now = getattr(getattr(self, group), name, None) if group in found else None
-            if now is None or isinstance(now, property):
-                named = [f.name for f in fields(getattr(self, group))] if group in found else list(found)
+            named = [f.name for f in fields(getattr(self, group))] if group in found else list(found)
+            if name not in named:
                 raise InputError(
                     f"{text!r}: expected market.FIELD=VALUE, feed.FIELD=VALUE or platform.FIELD=VALUE, and "
                     f"{where!r} to begin with or name one of {', '.join(named)}."
                 )
-            found[group][name] = _like(now, value, text)
+            found[group][name] = _like(getattr(getattr(self, group), name), value, text)
         return replace(self, **{g: replace(getattr(self, g), **of) for g, of in found.items()})
 
     @property
@@ -224,10 +218,15 @@ class Plan:
         """The name of the arm that this one is compared with; None for the control, unless it has one."""
         return arm.against or (None if arm == self.arms[0] else self.arms[0].name)
 
+    def taking_part(self) -> np.ndarray:
+        """[U] the users of the market who take part, sorted."""
+        everyone = np.random.default_rng([self.draw, 7]).permutation(self.market.users)
+        return np.sort(everyone[: self.users])
+
     @property
     def begin(self) -> int:
         """Unix seconds of the first day of the warm-up: all before it can be learned from."""
-        return self.market.end - (self.days + self.platform.warm_up) * 86_400
+        return self.market.end - (self.days + self.platform.warm_up) * SECONDS_PER_DAY
 
 
 def _like(now: Any, value: str, text: str) -> Any:

@@ -6,7 +6,6 @@ figure that had nothing to divide by is NaN there, None here and in JSON, and "â
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longretriever.experiment import page, plots
-from longretriever.experiment.page import NONE, Block, Cell, Code, Plots, Points, Section, Table, Text, many
+from longretriever.experiment.page import NONE, Block, Cell, Plots, Points, Section, Table, Text, many
 from longretriever.experiment.runs import SURE
 
 Result = Mapping[str, Any]
@@ -104,7 +103,8 @@ def _sentence(result: Result, name: str) -> str:
     )
     sure = ", ".join(label(row["figure"]) for row in rows if _sure(row))
     verdict = f"More than chance: {sure}" if sure else "None of it is more than chance"
-    return f"{name} against {_control(result)}: {told}. {verdict}."
+    against = next((row["against"] for row in rows), _control(result))
+    return f"{name} against {against}: {told}. {verdict}."
 
 
 def _figures(result: Result) -> Iterator[Block]:
@@ -140,7 +140,7 @@ def lift_cell(result: Result, name: str, figure: str) -> Cell:
     if row is None:
         return Cell(NONE)
     small = _span(row)
-    return Cell(percent(row["lift"]) + _star(row), () if small == NONE else (small,), _sure(row))
+    return Cell(percent(row["lift"]) + star(row), () if small == NONE else (small,), _sure(row))
 
 
 def _lifts(result: Result) -> Iterator[Block]:
@@ -173,7 +173,7 @@ def _compared(row: Mapping[str, Any]) -> tuple[str, list[Cell]]:
     texts = (
         digits(row["treatment"]),
         digits(row["control"]),
-        percent(row["lift"]) + _star(row),
+        percent(row["lift"]) + star(row),
         _span(row),
         page.probability(row["p"]),
         page.probability(row["p_holm"]),
@@ -240,21 +240,24 @@ def _how_to_read(result: Result) -> Iterator[str]:
 
 
 def _made(result: Result) -> Iterator[Block]:
-    made, plan = result["made"], dict(result["plan"])
-    parts = {what: plan.pop(what) for what in ("market", "feed", "platform")}
-    own = "as configured"
-    bounds = {"retrain": "never", "minutes": own, "samples": own, "threads": "all processors"}
-    told = {name: value or bounds.get(name, value) for name, value in plan.items()}
+    made = result["made"]
+    told, parts = planned(result["plan"])
     yield page.facts({"command": made["command"], "date": made["date"], **told, "store": made["store"]})
     yield page.facts({name: value or NONE for name, value in made["environment"].items()})
     for what, config in parts.items():
-        yield _code(f"Configuration of the {what}", config)
+        yield page.code(f"Configuration of the {what}", config)
     for name, config in result["routes"].items():
-        yield _code(f"Configuration of route {name}", {key: value for key, value in config.items() if value})
+        known = {key: value for key, value in config.items() if value}
+        yield page.code(f"Configuration of route {name}", known)
 
 
-def _code(title: str, value: Any) -> Code:
-    return Code(title, json.dumps(value, indent=1, ensure_ascii=False))
+def planned(plan: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A plan in words, and the configurations of market, feed and platform, which are for folding."""
+    parts = {what: plan[what] for what in ("market", "feed", "platform")}
+    own = "as configured"
+    bounds = {"retrain": "never", "minutes": own, "samples": own, "threads": "all processors"}
+    told = {name: value or bounds.get(name, value) for name, value in plan.items() if name not in parts}
+    return told, parts
 
 
 # -- words and digits
@@ -292,7 +295,8 @@ def _sure(row: Mapping[str, Any]) -> bool:
     return row["p_holm"] is not None and row["p_holm"] < SURE
 
 
-def _star(row: Mapping[str, Any]) -> str:
+def star(row: Mapping[str, Any]) -> str:
+    """Marks a comparison that is more than chance."""
     return STAR if _sure(row) else ""
 
 

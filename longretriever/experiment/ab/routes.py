@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from longretriever.errors import InputError
-from longretriever.evaluate.collaborative import BM25
+from longretriever.evaluate.collaborative import BM25, best_of
 from longretriever.events import SECONDS_PER_DAY
 from longretriever.experiment.ab.plan import Arm, Finder, Route
 from longretriever.experiment.ablations import OURS
@@ -58,9 +58,7 @@ class ItemToItem:
     """
 
     def __init__(self, store: Store, last: int = 50) -> None:
-        self.last = last
-        learned = BM25(store, store.last_time)
-        self.shown, self.place, self.similarity = learned.shown, learned.place, learned.similarity
+        self.last, self.learned = last, BM25(store, store.last_time)
 
     def find(self, lives: Sequence[Life], k: int, seed: int) -> list[np.ndarray]:
         """See `Finder`."""
@@ -71,25 +69,17 @@ class ItemToItem:
 
     def _of(self, lives: Sequence[Life], k: int) -> list[np.ndarray]:
         met = [self._places(life) for life in lives]
-        begin = np.cumsum([0, *map(len, met)])
-        weight = np.concatenate([1 / np.sqrt(1 + np.arange(len(places))) for places in met])
-        history = type(self.similarity)(
-            (weight, np.concatenate(met), begin), shape=(len(met), len(self.shown))
-        )
-        score = (history @ self.similarity).tocsr()
-        out = []
-        for row in range(len(lives)):
-            mine = slice(score.indptr[row], score.indptr[row + 1])
-            best = np.lexsort((score.indices[mine], -score.data[mine]))[:k]
-            out.append(self.shown[score.indices[mine][best]])
-        return out
+        weight = [1 / np.sqrt(1 + np.arange(len(places))) for places in met]
+        scored = self.learned.scores(met, weight)
+        return [self.learned.shown[found[best_of(score, k)]] for found, score in scored]
 
     def _places(self, life: Life) -> np.ndarray:
         """The user's last distinct items that the neighbours know, newest first."""
         items = life.recent(4 * self.last).item[::-1]
         _, first = np.unique(items, return_index=True)
         items = items[np.sort(first)]
-        places = self.place[items[items < len(self.place)]]
+        place = self.learned.place
+        places = place[items[items < len(place)]]
         return places[places >= 0][: self.last]
 
 

@@ -21,8 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +32,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from longretriever.errors import NotSaved, SavedError
-from longretriever.evaluate import metrics
 from longretriever.events import SECONDS_PER_DAY, TIME
 from longretriever.experiment.ab import online
 from longretriever.experiment.ab.day import Day, Numbering, Platform, Shown, write
@@ -42,7 +40,7 @@ from longretriever.experiment.ab.ranking import Features, Ranker, Statistics, le
 from longretriever.experiment.ab.routes import Learned
 from longretriever.experiment.apart import learn_apart
 from longretriever.experiment.plan import described
-from longretriever.experiment.runs import SURE, Learn, alone, environment, write_whole
+from longretriever.experiment.runs import Learn, alone, correct, environment, made, write_whole
 from longretriever.market import Log, Market, MarketConfig
 from longretriever.market.feed import Feed
 from longretriever.market.log import BEHAVIORS
@@ -154,8 +152,7 @@ class Test:
     @cached_property
     def users(self) -> np.ndarray:
         """[U] who takes part, sorted."""
-        everyone = np.random.default_rng([self.plan.draw, 7]).permutation(self.plan.market.users)
-        return np.sort(everyone[: self.plan.users])
+        return self.plan.taking_part()
 
     @cached_property
     def days(self) -> range:
@@ -191,8 +188,7 @@ class Test:
             self.learn(store, path, self._config(route), self.plan.threads, self.trained)
 
     def _config(self, route: Route) -> Any:
-        given = {"seed": self.plan.seed, "minutes": self.plan.minutes, "samples": self.plan.samples}
-        return replace(route.learn, **{name: value for name, value in given.items() if value is not None})
+        return route.config(self.plan.seed, self.plan.minutes, self.plan.samples)
 
     def _store(self, arm: Arm, day: int | None) -> Path:
         """Of what was known when the models of this day were last trained; None: before the test."""
@@ -310,11 +306,13 @@ class Test:
     def result(self, command: str, date: str | None) -> dict[str, Any]:
         """Figures with intervals, comparisons with the control, and what produced them."""
         plan, category_of = self.plan, self.market.category_of(np.arange(self.plan.market.items))
-        sums, routes = {}, {}
+        sums, routes, by_day = {}, {}, {}
         for arm in plan.arms:
             days = [read_day(self._file(arm, day)) for day in self.days]
             sums[arm.name] = online.of_arm(days, self.users, category_of)
             routes[arm.name] = online.of_routes(days, self.users, [r.name for r in arm.routes])
+            each = [online.of_arm([day], self.users, category_of) for day in days]
+            by_day[arm.name] = {name: [online.value(of[name]) for of in each] for name in online.FIGURES}
         pairs = [(arm.name, other) for arm in plan.arms if (other := plan.against(arm)) is not None]
         rows = [
             {"arm": name, "against": other, **row}
@@ -337,23 +335,18 @@ class Test:
                     "luck": arm.luck,
                     "figures": online.summary(sums[arm.name], plan.draw),
                     "routes": {name: online.summary(of, plan.draw) for name, of in routes[arm.name].items()},
-                    "by_day": self._by_day(arm, category_of),
+                    "by_day": by_day[arm.name],
                 }
                 for arm in plan.arms
             },
             "comparisons": corrected(rows),
             "routes": {route.name: _told(route) for route in plan.routes},
             "made": {
-                "command": command,
-                "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+                **made(command, date),
                 "store": Store.open(self.world / "store").fingerprint,
                 "environment": environment(),
             },
         }
-
-    def _by_day(self, arm: Arm, category_of: np.ndarray) -> dict[str, list[float]]:
-        days = [online.of_arm([read_day(self._file(arm, day))], self.users, category_of) for day in self.days]
-        return {name: [online.value(day[name]) for day in days] for name in online.FIGURES}
 
 
 def _told(route: Route) -> dict[str, Any]:
@@ -365,14 +358,7 @@ def _told(route: Route) -> dict[str, Any]:
 
 def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with `p_holm`, corrected for the number of all these comparisons, and what was `found`."""
-    p = np.array([row["p"] for row in rows])
-    real = ~np.isnan(p)
-    holm = np.full(len(p), np.nan)
-    holm[real] = metrics.holm(p[real])
-    for row, one in zip(rows, holm, strict=True):
-        row["p_holm"] = float(one)
-        more = row["treatment"] > row["control"]
-        row["found"] = "undecided" if not one < SURE else "more" if more else "less"
+    correct(rows, lambda row: row["treatment"] > row["control"])
     return rows
 
 
@@ -391,7 +377,7 @@ def _lived(plan: Plan, world: World, arm: Arm | None, day: int, knows: Knowledge
     faiss.omp_set_num_threads(1)
     store = Store.open(world.store)
     with closing(Journal(_journal(world.folder, arm))) as journal:
-        market, users = _market(plan.market), _users(plan)
+        market, users = _market(plan.market), plan.taking_part()
         _by_themselves(market, journal, users, plan.begin + day * SECONDS_PER_DAY)
         of = arm or plan.arms[0]
         numbering = Numbering.of(store, plan.market.items)
@@ -426,10 +412,6 @@ def _market(config: MarketConfig) -> Market:
 @lru_cache(1)
 def _log(market: Market) -> Log:
     return market.log(0, market.config.users)
-
-
-def _users(plan: Plan) -> np.ndarray:
-    return Test(plan, Path(), learn_apart, lambda _: None, None).users
 
 
 def _by_themselves(market: Market, journal: Journal, users: np.ndarray, midnight: int) -> None:

@@ -15,11 +15,11 @@ from longretriever.experiment.ab.report import (
     label,
     lift_cell,
     percent,
+    star,
     strict,
     value_cell,
 )
 from longretriever.experiment.page import Cell, handfuls, many
-from longretriever.experiment.runs import SURE
 
 _WIDTH = 16  # of a column
 _WHISKER = 41  # of the plot
@@ -89,10 +89,8 @@ def whiskers(result: Result, figures: Sequence[str]) -> rich.Table:
     grid.add_column(justify="right")
     grid.add_column(no_wrap=True)
     for row in rows:
-        star = STAR if row["p_holm"] is not None and row["p_holm"] < SURE else " "
-        grid.add_row(
-            f"{row['arm']}: {label(row['figure'])}", percent(row["lift"]) + star, _whisker(row, reach)
-        )
+        lift = percent(row["lift"]) + (star(row) or " ")
+        grid.add_row(f"{row['arm']}: {label(row['figure'])}", lift, _whisker(row, reach))
     return grid
 
 
