@@ -135,19 +135,22 @@ def users(serving: Serving, like: str | None, limit: int, seed: int) -> wire.Use
 def items(serving: Serving, like: str | None, category_id: str | None, limit: int) -> wire.ItemsFound:
     """Items of the model whose title contains the text, or whose id begins so; of one category if it is said.
 
-    Raises `UnknownCategory`, `InputError`.
+    Those that were taken out of the index are not shown. Raises `UnknownCategory`, `InputError`.
     """
-    table, first = serving.model.items, 0
+    model, table, first = serving.model, serving.model.items, 0
     if category_id is not None:
         first, last = serving.range_of(category_id)
         table = table.slice(first, last - first)
-    if not like:
-        return wire.ItemsFound(items_of(serving, first + np.arange(min(limit, len(table)))))
-    found = _beginning(table[ITEM].combine_chunks(), like, limit)
-    if TITLE in table.column_names and len(found) < limit:
-        titled = _containing(table[TITLE], like)
-        found = np.concatenate([found, titled[~np.isin(titled, found)]])[:limit]
-    return wire.ItemsFound(items_of(serving, first + found))
+    most = limit + len(model.removed)  # so many may have to be passed over
+    if like:
+        found = _beginning(table[ITEM].combine_chunks(), like, most)
+        if TITLE in table.column_names and len(found) < most:
+            titled = _containing(table[TITLE], like)
+            found = np.concatenate([found, titled[~np.isin(titled, found)]])
+    else:
+        found = np.arange(min(most, len(table)))
+    numbers = first + found
+    return wire.ItemsFound(items_of(serving, numbers[~model.is_removed(numbers)][:limit]))
 
 
 def categories(serving: Serving, like: str | None, limit: int) -> wire.CategoriesFound:

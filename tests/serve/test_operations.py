@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 from longretriever.errors import InputError
-from longretriever.retrieve.added import add_items
+from longretriever.retrieve.added import add_items, remove_items
 from longretriever.serve.door import Busy, OutOfTime, Workroom
 from longretriever.serve.settings import Settings
 from longretriever.store.compact import compact
@@ -206,6 +206,24 @@ def test_items_added_beside_a_running_server_are_found_met_and_folded_in(model, 
         wait_until(lambda: server.get("/v1/model").json()["live_events"] == 0)
         assert 900_001 in met(server, 8)
         assert 900_001 not in found(exclude_seen=True)
+
+
+def test_what_was_taken_out_is_not_shown_among_the_items(model, tmp_path):
+    live = copied(model, tmp_path)
+    with serving(live, tmp_path, "--store", str(tmp_path / "store"), "--watch", "0.1") as server:
+
+        def shown(query: str) -> list[int]:
+            return [one["item_id"] for one in server.get(f"/v1/catalogue/items?{query}").json()["items"]]
+
+        first, second, third = shown("limit=3")
+        remove_items(live, pa.table({"item_id": [first]}))
+        wait_until(lambda: shown("limit=2") == [second, third])
+        assert first not in shown(f"like={first}&limit=1000")
+        assert first not in shown(f"like={first}&limit=1000&category_id={category_of(server, second)}")
+
+
+def category_of(server: Server, item_id: int) -> int:
+    return server.get(f"/v1/items/{item_id}/similar?k=1").json()["item"]["category_id"]
 
 
 def met(server: Server, user_id: int) -> set[int]:
