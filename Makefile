@@ -28,6 +28,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/serving.py --events 1000000 --users 200 --items 200000 --categories 1000
+	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/simulate_router.py
 	$(BIN)/python benchmarks/bulk.py
 	$(BIN)/python benchmarks/peers.py --work bench-results --plot bench-results/training.svg
 	$(BIN)/python benchmarks/index_peers.py --items 200000 --categories 500 --work bench-results --plot bench-results/index.svg
@@ -41,7 +43,7 @@ bench-quick: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; say which with: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,rivals,market,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,rivals,market,report,pgvector,dev]'
 	touch $@
 
 clean:

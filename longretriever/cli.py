@@ -88,7 +88,10 @@ def _configuration(context: typer.Context, file: Path | None) -> Path | None:
         raise InputError(f"{file}: not TOML ({error}).") from error
     known = {parameter.name for parameter in context.command.params}
     if strange := sorted(given.keys() - known):
-        raise InputError(f"{file}: {strange[0]} is no option of serve. See longretriever serve --help.")
+        raise InputError(
+            f"{file}: {strange[0]} is no option of {context.info_name}. "
+            f"See longretriever {context.info_name} --help."
+        )
     context.default_map = {**(context.default_map or {}), **given}
     return file
 
@@ -269,7 +272,8 @@ def train(
 def index(
     model: Annotated[Path, typer.Argument(help="Folder of the model.")],
     path: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the index; default MODEL/index.")
+        str | None,
+        typer.Option("--out", help="Folder of the index, or postgresql://...; default MODEL/index."),
     ] = None,
     add: Annotated[
         list[str] | None,
@@ -290,6 +294,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Put the item vectors into one FAISS list per category; with --add and --remove, items come and go."""
+    from longretriever.pgvector import is_database
     from longretriever.retrieve.added import add_items, remove_items
     from longretriever.retrieve.indexing import WHOLE, index_model
 
@@ -304,6 +309,9 @@ def index(
         )
     if exact and changes:
         raise InputError("--add and --remove index as it is always done: index with --exact afterwards.")
+    if path is not None and is_database(path):
+        _load_into(path, model, as_json)
+        return
     found: dict[str, Any] = {}
     with bar("indexing items", None) as advance:
         if not changes:
@@ -314,7 +322,7 @@ def index(
             found["removed"] = remove_items(model, remove, **options).as_dict()
         if add:
             found["items"] = add_items(model, add, move=move, **options).as_dict()
-    target = path or model / "index"
+    target = Path(path) if path else model / "index"
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     grouped = next(filter(None, map(_groups, (target, model / WHOLE / "index"))), None)
     facts = {"path": str(target), "bytes": size, "clusters": grouped, **found}
@@ -330,6 +338,19 @@ def index(
             f"{grouped['recall']:.1%} of the nearest {grouped['k']}"
         )
     show(facts, as_json, summary)
+
+
+def _load_into(url: str, model: Path, as_json: bool) -> None:
+    """The vectors of a model, and of what it brings to search all items, into a database."""
+    from longretriever.pgvector import Database
+    from longretriever.retrieve.indexing import load_into
+
+    database = Database(url)
+    with bar("loading items", None) as advance:
+        load_into(database, model, progress=advance)
+    facts = {"database": database.where, "models": [fingerprint for fingerprint, _ in database.models()]}
+    short = {**facts, "models": ", ".join(f"{one[:12]} ({kind})" for one, kind in database.models())}
+    show(facts, as_json, short)
 
 
 def _groups(index: Path) -> dict[str, Any] | None:
@@ -375,7 +396,9 @@ def retrieve(
         typer.Option(min=0, max=1, help="Share for items met before. Default: as the model judges."),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
-    index: Annotated[Path | None, typer.Option(help="An index other than MODEL/index.")] = None,
+    index: Annotated[
+        str | None, typer.Option(help="An index other than MODEL/index: a folder, or postgresql://...")
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Scan all items instead of using an index.")] = False,
     most: Annotated[int, typer.Option("--show", min=1, help="Candidates to print; --json prints all.")] = 20,
     workers: Annotated[
@@ -428,13 +451,26 @@ def retrieve(
 def serve(
     model: Annotated[Path, typer.Argument(help="Folder of the model; a link to one may be turned.")],
     store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
-    index: Annotated[Path | None, typer.Option(help="An index other than MODEL/index.")] = None,
+    index: Annotated[
+        str | None, typer.Option(help="An index other than MODEL/index: a folder, or postgresql://...")
+    ] = None,
     live: Annotated[
         Path | None, typer.Option(help="File of live events; default live.sqlite beside the model.")
     ] = None,
     clock: Annotated[
         str, typer.Option(help="What now is: wall, or log: just after the newest event, for old logs.")
     ] = "wall",
+    shards: Annotated[
+        str | None,
+        typer.Option(metavar="URL,URL", help="Shards that search instead; of one range: replicas."),
+    ] = None,
+    shard_key: Annotated[str | None, typer.Option(help="API key that the shards want.")] = None,
+    shard_seconds: Annotated[
+        float, typer.Option(min=0.001, help="For a shard's answer; then its categories are missing.")
+    ] = 0.5,
+    hedge: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a replica is asked as well; 0: never.")
+    ] = 0.05,
     host: Annotated[
         str, typer.Option(help="Address to listen on; keys are needed if not loopback.")
     ] = "127.0.0.1",
@@ -474,7 +510,7 @@ def serve(
     settings = Settings(
         model=str(model),
         store=str(store) if store else None,
-        index=str(index) if index else None,
+        index=index,
         live=str(live) if live else None,
         clock=_one_of("--clock", clock, ("wall", "log")),
         host=host,
@@ -490,10 +526,104 @@ def serve(
         batch=batch,
         events=events,
         cors=tuple(cors or ()),
+        shards=tuple(filter(None, (url.strip() for url in (shards or "").split(",")))),
+        shard_key=shard_key,
+        shard_seconds=shard_seconds,
+        hedge=hedge,
         watch=watch,
         log=_one_of("--log", log, ("json", "text")),
     )
     run(settings)
+
+
+@app.command(name="serve-shard")
+def serve_shard(
+    model: Annotated[Path, typer.Argument(help="Folder of the model, of which MODEL/index is enough.")],
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="The I-th of N shares of about as many items each.")
+    ] = None,
+    categories: Annotated[
+        str | None,
+        typer.Option(metavar="FIRST:END,...", help="Ranges of category numbers instead; END not included."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; keys are needed if not loopback.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8100,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    read_key: Annotated[
+        list[str] | None,
+        typer.Option(help="API key that may ask. Several: separated by spaces in the variable."),
+    ] = None,
+    write_key: Annotated[list[str] | None, typer.Option(help="API key that may also reload.")] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait in a worker; then 503.")] = 64,
+    seconds: Annotated[float, typer.Option(min=0.01, help="That a request may wait; then 504.")] = 1.0,
+    body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 16_000_000,
+    watch: Annotated[
+        float, typer.Option(min=0, help="Seconds between looks for a newer index; 0: only when asked.")
+    ] = 1.0,
+    log: Annotated[str, typer.Option(help="Lines of json or text.")] = "json",
+    config: Annotated[
+        Path | None,
+        typer.Option(callback=_configuration, is_eager=True, help="TOML file with these options."),
+    ] = None,
+) -> None:
+    """Serve searches over some categories of an index, for `serve --shards`.
+
+    Needs neither the store nor the user tower.
+
+    Every option can also be set in the environment, as LONGRETRIEVER_SERVE_SHARD_PORT, or in the TOML file.
+    """
+    from longretriever.serve.run import run_shard
+    from longretriever.serve.settings import ShardSettings
+
+    run_shard(
+        ShardSettings(
+            model=str(model),
+            share=_share(shard, categories),
+            host=host,
+            port=port,
+            workers=workers,
+            read_keys=tuple(read_key or ()),
+            write_keys=tuple(write_key or ()),
+            queue=queue,
+            seconds=seconds,
+            body=body,
+            watch=watch,
+            log=_one_of("--log", log, ("json", "text")),
+        )
+    )
+
+
+def _share(shard: str | None, categories: str | None) -> Any:
+    """`1/3` or `0:2500,4000:4100` as what a shard holds."""
+    from longretriever.shards.held import Share
+
+    def pair(text: str, option: str, sign: str) -> tuple[int, int]:
+        first, between, second = text.partition(sign)
+        if not between:
+            raise InputError(f"{option} {text}: expected {'I/N, as 1/3' if sign == '/' else 'FIRST:END'}.")
+        return _integer(first, option), _integer(second, option)
+
+    ranges = tuple(pair(one, "--categories", ":") for one in categories.split(",")) if categories else ()
+    return Share(pair(shard, "--shard", "/") if shard else None, ranges)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder of the model.")],
+    path: Annotated[Path, typer.Option("--out", help="Parquet file.")],
+    space: Annotated[
+        str | None, typer.Option(help="contexts or whole: only these vectors. Default: all that there are.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the item vectors to a Parquet file, for Milvus, Qdrant, pgvector and the like."""
+    from longretriever.retrieve.export import export as run
+
+    with bar("items", None) as advance:
+        rows = run(model, path, space, progress=advance)
+    show({"path": str(path), "rows": rows, "bytes": path.stat().st_size}, as_json)
 
 
 @app.command()

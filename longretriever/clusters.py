@@ -155,18 +155,35 @@ class Clusters:
         self._groups, self._numbers = read_inverted_file(file, dimension, held, facts["number"]), numbers
         self.number, self.probes = int(facts["number"]), int(facts["probes"])
 
-    def search(self, user_ND: np.ndarray, k: int, without: Sequence[slice] = ()) -> Found:
+    def search(
+        self, user_ND: np.ndarray, k: int, without: Sequence[slice] = (), within: Sequence[slice] = ()
+    ) -> Found:
         """Items near to each user vector, nearest first, that are in none of these ranges of numbers.
 
-        Padded with -1 where the groups looked at hold fewer.
+        Only in those of `within`, where there are some. Padded with -1 where the groups looked at hold fewer.
         """
-        return _search(self._groups, user_ND, k, self.probes, self._but(without) if len(without) else None)
+        selector = self._but(without) if len(without) else None
+        if len(within):
+            selector = _and(_within(within), selector)
+        return _search(self._groups, user_ND, k, self.probes, selector)
 
     def _but(self, ranges: Sequence[slice]) -> Any:
         wanted = np.ones(self._numbers, bool)
         for one in ranges:
             wanted[one] = False
         return faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))
+
+
+def _within(ranges: Sequence[slice]) -> Any:
+    """Looks at no list of numbers, so it costs the same however many items there are."""
+    first, *others = (faiss.IDSelectorRange(int(one.start), int(one.stop)) for one in ranges)
+    for other in others:
+        first = faiss.IDSelectorOr(first, other)
+    return first
+
+
+def _and(one: Any, other: Any) -> Any:
+    return one if other is None else faiss.IDSelectorAnd(one, other)
 
 
 def _search(groups: Any, user_ND: np.ndarray, k: int, probes: int, selector: Any) -> Found:

@@ -9,7 +9,8 @@ LongRetrieverError
 ├── SavedError            a saved store, model or index cannot be opened
 │   ├── NotSaved          there is nothing of the package's own at that path
 │   ├── Damaged           a file is missing, cut off or altered
-│   └── Mismatch          it was made from something other than what it is used with
+│   ├── Mismatch          it was made from something other than what it is used with
+│   └── NotLoaded         shards or a database do not have this model, or not yet
 ├── RequestFailed         a server refused a request, or could not be reached
 └── MissingExtra          an optional part is not installed
 
@@ -63,6 +64,10 @@ class Damaged(SavedError):
 
 class Mismatch(SavedError):
     """The folder was made from something other than what it is now used with."""
+
+
+class NotLoaded(SavedError):
+    """Shards or a database do not have the vectors of this model, or not yet."""
 
 
 class RequestFailed(LongRetrieverError):

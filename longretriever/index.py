@@ -5,7 +5,8 @@ and one call answers all contexts of a request. Vectors are kept as 16-bit float
 ones, recall@500 above 0.999 of exact. The file is memory-mapped: it opens in milliseconds whatever its size,
 and a search touches the pages of its own categories only. Where all items are asked and there are many, a
 second file groups them by nearness instead (`clusters.py`). `ExactIndex` is the same by brute force over a
-plain array, the reference.
+plain array, the reference. A part of the categories can be searched alone, on another machine: `combined`
+makes of several parts' answers that of all items.
 
 Axes: I items, C categories, D dimensions, N contexts (each with its own user vector), k results of each.
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -92,7 +94,88 @@ def build(
         )
 
 
-class Index:
+class Nearest(NamedTuple):
+    """What user vectors found, each in its own context.
+
+    item        [N, k] see `Index.search`
+    cosine      [N, k]
+    normaliser  [N] see `Index.log_normaliser`
+    unsearched  [N] share of the context's items that could not be asked: 0, but for an index on several
+                machines of which one is down; at 1 nothing is known
+    """
+
+    item: np.ndarray
+    cosine: np.ndarray
+    normaliser: np.ndarray
+    unsearched: np.ndarray
+
+
+class Part(NamedTuple):
+    """What some categories have to say to a search of all items: see `Index.search_part` and `combined`.
+
+    item           [N, k] the nearest of these categories, as `Index.search` returns them
+    cosine         [N, k]
+    log_sum        [N] of all items of these categories; None where it is estimated from a sample
+    sample_item    [S] those of the sample of all items that are of these categories
+    sample_cosine  [N, S]
+    size           how many items these categories hold
+    all_seen       whether each was looked at, and not the nearest groups alone
+    """
+
+    item: np.ndarray
+    cosine: np.ndarray
+    log_sum: np.ndarray | None
+    sample_item: np.ndarray
+    sample_cosine: np.ndarray
+    size: int
+    all_seen: bool
+
+
+class Searchable(ABC):
+    """What finds items near to user vectors, wherever they are kept: here, in shards, in a database.
+
+    category_start  [C+1] first item number of each category
+    """
+
+    category_start: np.ndarray
+    n_items: int
+    n_categories: int
+    dimension: int
+
+    @abstractmethod
+    def search(
+        self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int, without: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index.search`."""
+
+    @abstractmethod
+    def log_normaliser(
+        self,
+        user_vectors_ND: np.ndarray,
+        contexts_N: np.ndarray,
+        scale: float | np.ndarray,
+        items_Nk: np.ndarray,
+        cosine_Nk: np.ndarray,
+    ) -> np.ndarray:
+        """See `Index.log_normaliser`."""
+
+    def nearest(
+        self,
+        user_vectors_ND: np.ndarray,
+        contexts_N: np.ndarray,
+        k: int,
+        scale: float | np.ndarray,
+        head: int,
+        without: Sequence[int] = (),
+    ) -> Nearest:
+        """Both at once, the sum from the first `head` found: what is asked over a network goes once."""
+        item_Nk, cosine_Nk = self.search(user_vectors_ND, contexts_N, k, without)
+        heads = item_Nk[:, :head], cosine_Nk[:, :head]
+        normaliser_N = self.log_normaliser(user_vectors_ND, contexts_N, scale, *heads)
+        return Nearest(item_Nk, cosine_Nk, normaliser_N, np.zeros(len(item_Nk)))
+
+
+class Index(Searchable):
     """A folder written by `build`, opened read-only; safe to search from several threads.
 
     category_start  [C+1] first item number of each category
@@ -140,7 +223,7 @@ class Index:
         Costs 10 to 30 ns for each item of the categories asked, and for k = 500 some 0.1 ms a context, on one
         thread; FAISS gives each context a thread of its own where `faiss.omp_set_num_threads` allows more.
         """
-        user_ND, context_N = _checked_queries(
+        user_ND, context_N = checked_queries(
             user_vectors_ND, contexts_N, k, self.dimension, self.n_categories
         )
         if len(user_ND) == 0:
@@ -168,8 +251,7 @@ class Index:
         self, user_ND: np.ndarray, k: int, without: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         if self._clusters is not None:
-            ranges = [slice(self.category_start[c], self.category_start[c + 1]) for c in without]
-            item_Nk, cosine_Nk = self._clusters.search(user_ND, k, ranges)
+            item_Nk, cosine_Nk = self._clusters.search(user_ND, k, self._ranges_of(without))
             if (item_Nk >= 0).all():
                 return item_Nk, cosine_Nk  # else the groups held fewer than k
         of_all = np.arange(self.n_categories)
@@ -194,7 +276,7 @@ class Index:
         An empty category has -inf. docs/index.md has the measured error; costs 0.02 to 0.2 ms a context.
         """
         k = np.shape(items_Nk)[-1]
-        user_ND, context_N = _checked_queries(
+        user_ND, context_N = checked_queries(
             user_vectors_ND, contexts_N, k, self.dimension, self.n_categories
         )
         item_Nk, cosine_Nk = np.asarray(items_Nk), np.asarray(cosine_Nk)
@@ -218,26 +300,103 @@ class Index:
             cosine = self._all_cosines(user_D, category)
         if len(cosine) == 0:  # a corpus of which all categories are left out
             return -np.inf
-        best = float(cosine.max())
-        total = _sum_exp(scale, cosine, best)
-        if len(cosine) < size:
-            outside = _not_in(self.sample_item[sample], fetched)
-            rest = (self.sample_vector[sample] @ user_D)[outside]
-            # With the whole sample among the fetched, next to nothing is left, and it is the least likely.
-            total += (size - len(cosine)) * _sum_exp(scale, rest, best) / max(1, len(rest))
-        return scale * best + float(np.log(total))
+        of_sample = self.sample_vector[sample] @ user_D
+        return _estimated(scale, fetched, cosine, size, self.sample_item[sample], of_sample)
 
     def _all_cosines(self, user_D: np.ndarray, category: int) -> np.ndarray:
         """The cosine of every item of a category, in no order that matters."""
-        every = -np.inf  # the radius
-        lists, wanted = self._faiss, np.array([[category]])
         if category == CORPUS:
-            lists, wanted = self._all, np.arange(self.n_categories)[None]
-        _, cosine, _ = lists.range_search_preassigned(user_D[None], every, wanted, None)
+            return self._cosines(self._all, user_D, np.arange(self.n_categories))
+        return self._cosines(self._faiss, user_D, np.array([category]))
+
+    def _cosines(self, lists: Any, user_D: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        every = -np.inf  # the radius
+        _, cosine, _ = lists.range_search_preassigned(user_D[None], every, wanted[None], None)
         return cosine
 
+    def search_part(
+        self,
+        user_vectors_ND: np.ndarray,
+        k: int,
+        scale: float | np.ndarray,
+        categories: Sequence[range],
+        without: Sequence[int] = (),
+        look_at_all: bool = False,
+    ) -> Part:
+        """What the categories in these ranges have to say to a search of all items: see `combined`.
 
-class ExactIndex:
+        Only their pages are touched. Where items are grouped, a part may find fewer than k that the others
+        find; `look_at_all` passes the groups by.
+        """
+        whole_N = np.full(len(user_vectors_ND), CORPUS)
+        user_ND, _ = checked_queries(user_vectors_ND, whole_N, k, self.dimension, self.n_categories)
+        here = np.full(self.n_categories, -1)  # no list is searched for it
+        for one in categories:
+            here[one.start : one.stop] = one
+        mine, found = here[here >= 0], here.copy()
+        found[list(without)] = -1
+        grouped = self._clusters is not None and not look_at_all
+        if grouped:
+            assert self._clusters is not None
+            within = [
+                slice(self.category_start[one.start], self.category_start[one.stop]) for one in categories
+            ]
+            cosine_Nk, item_Nk = self._clusters.search(user_ND, k, self._ranges_of(without), within)[::-1]
+        else:
+            every = np.tile(found, (len(user_ND), 1))
+            cosine_Nk, item_Nk = self._all.search_preassigned(user_ND, k, every, None)
+        cosine_Nk, item_Nk = _in_order(cosine_Nk, item_Nk)
+        sample = self._sample_of(mine)
+        sample_cosine = user_ND @ self.sample_vector[sample].T
+        scale_N, log_sum_N = np.broadcast_to(scale, len(user_ND)), None
+        if self.sample_start[-1] == self.sample_start[-2]:  # few enough for the sum to be exact
+            log_sum_N = np.array(
+                [
+                    _log_sums(scale_N[n : n + 1], self._cosines(self._all, user_ND[n], here)[None])[0]
+                    for n in range(len(user_ND))
+                ]
+            )
+        size = int(self._sizes[mine].sum())
+        return Part(item_Nk, cosine_Nk, log_sum_N, self.sample_item[sample], sample_cosine, size, not grouped)
+
+    def _ranges_of(self, categories: Sequence[int]) -> list[slice]:
+        """Of item numbers."""
+        return [slice(self.category_start[c], self.category_start[c + 1]) for c in categories]
+
+    def _sample_of(self, categories: np.ndarray) -> np.ndarray:
+        """Where the sample of all items has those of these categories."""
+        low, high = self.sample_start[-2:]
+        of = np.searchsorted(self.category_start, self.sample_item[low:high], side="right") - 1
+        return low + np.flatnonzero(np.isin(of, categories))
+
+
+def combined(parts: Sequence[Part], k: int, scale: float | np.ndarray, head: int) -> Nearest:
+    """The answer to a search of all items out of those of parts that share no category.
+
+    Equal to `Index.nearest` of all of them, but for rounding: the k nearest of all; of exact sums the sum;
+    and where there are too many items for that, the estimate from the whole sample, whose cosines parts send.
+    """
+    item_Nn, cosine_Nn = (np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
+    order_Nk = np.lexsort((item_Nn, -cosine_Nn))[:, :k]
+    item_Nk, cosine_Nk = (np.take_along_axis(x, order_Nk, axis=1) for x in (item_Nn, cosine_Nn))
+    nothing_N = np.zeros(len(item_Nk))
+    exact = [part.log_sum for part in parts if part.log_sum is not None]
+    if len(exact) == len(parts):
+        return Nearest(item_Nk, cosine_Nk, np.logaddexp.reduce(exact, axis=0), nothing_N)
+    scale_N = np.broadcast_to(scale, len(item_Nk))
+    sample_S = np.concatenate([part.sample_item for part in parts])
+    order_S = np.argsort(sample_S)
+    sample_NS = np.concatenate([part.sample_cosine for part in parts], axis=1)[:, order_S]
+    size, log_sum_N = sum(part.size for part in parts), np.empty(len(item_Nk))
+    for n, (item_k, cosine_k) in enumerate(zip(item_Nk[:, :head], cosine_Nk[:, :head], strict=True)):
+        fetched = item_k >= 0
+        log_sum_N[n] = _estimated(
+            scale_N[n], item_k[fetched], cosine_k[fetched], size, sample_S[order_S], sample_NS[n]
+        )
+    return Nearest(item_Nk, cosine_Nk, log_sum_N, nothing_N)
+
+
+class ExactIndex(Searchable):
     """`Index` by brute force over a plain array [I, D], memory-mapped or not: the reference.
 
     Scores are those of the array's own precision; all ties are broken by item number. `without` are item
@@ -262,7 +421,7 @@ class ExactIndex:
         self, user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int, without: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Index.search`."""
-        user_ND, context_N = _checked_queries(
+        user_ND, context_N = checked_queries(
             user_vectors_ND, contexts_N, k, self.dimension, self.n_categories
         )
         item_Nk = np.full((len(user_ND), k), -1, np.int64)
@@ -286,7 +445,7 @@ class ExactIndex:
         cosine_Nk: np.ndarray,
     ) -> np.ndarray:
         """See `Index.log_normaliser`; here it is exact, and what was fetched is not looked at."""
-        user_ND, context_N = _checked_queries(
+        user_ND, context_N = checked_queries(
             user_vectors_ND, contexts_N, 1, self.dimension, self.n_categories
         )
         scale_N = np.broadcast_to(scale, len(user_ND))
@@ -446,7 +605,7 @@ def _held(facts: Mapping[str, Any]) -> int:
     return int(facts["items"]) - int(facts.get("without", 0))  # an older version left none out
 
 
-def _checked_queries(
+def checked_queries(
     user_vectors_ND: np.ndarray, contexts_N: np.ndarray, k: int, dimension: int, n_categories: int
 ) -> tuple[np.ndarray, np.ndarray]:
     user_ND = np.ascontiguousarray(user_vectors_ND, dtype=np.float32)
@@ -472,6 +631,26 @@ def _checked_queries(
     if k < 1:
         raise InputError(f"k={k}, expected at least 1.")
     return user_ND, context_N
+
+
+def _estimated(
+    scale: float,
+    item_k: np.ndarray,
+    cosine_k: np.ndarray,
+    size: int,
+    sample_S: np.ndarray,
+    sample_cosine_S: np.ndarray,
+) -> float:
+    """Log of the sum over `size` items: the fetched count as they are, the sample stands for all others."""
+    if len(cosine_k) == 0:
+        return -np.inf
+    best = float(cosine_k.max())
+    total = _sum_exp(scale, cosine_k, best)
+    if len(cosine_k) < size:
+        rest = sample_cosine_S[_not_in(sample_S, item_k)]
+        # With the whole sample among the fetched, next to nothing is left, and it is the least likely.
+        total += (size - len(cosine_k)) * _sum_exp(scale, rest, best) / max(1, len(rest))
+    return scale * best + float(np.log(total))
 
 
 def _log_sums(scale_n: np.ndarray, cosine_nk: np.ndarray) -> np.ndarray:
@@ -502,8 +681,10 @@ def _in_order(cosine_nk: np.ndarray, item_nk: np.ndarray) -> tuple[np.ndarray, n
 
 def _not_in(sorted_items: np.ndarray, items: np.ndarray) -> np.ndarray:
     """[len(sorted_items)] whether each is absent from `items`."""
-    at = np.minimum(np.searchsorted(sorted_items, items), len(sorted_items) - 1)
     absent = np.ones(len(sorted_items), dtype=bool)
+    if len(sorted_items) == 0:
+        return absent
+    at = np.minimum(np.searchsorted(sorted_items, items), len(sorted_items) - 1)
     absent[at[sorted_items[at] == items]] = False
     return absent
 

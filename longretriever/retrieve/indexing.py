@@ -14,6 +14,7 @@ from longretriever.errors import NotSaved, SavedError
 from longretriever.events import ITEM
 from longretriever.index import CLUSTERS, ExactIndex, build
 from longretriever.model.exported import Model
+from longretriever.pgvector import Database
 from longretriever.retrieve.numbers import matched
 from longretriever.retrieve.retriever import WHOLE, Retriever, Searched, trained_on
 from longretriever.saved import opening
@@ -51,6 +52,23 @@ def index_model(
         _index(whole, path / WHOLE / "index", asked, None, older and older / WHOLE)
         asked = None
     return _index(model, Path(out) if out else path / "index", asked, progress, older)
+
+
+def load_into(
+    database: Database,
+    path: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Put the vectors of a model folder into a database, with those that it brings to search all items.
+
+    Each of the two appears at once, the other way round from how they are asked for: whoever finds the
+    model's finds what goes with it. Raises `RequestFailed`, a `SavedError`.
+    """
+    path = Path(path)
+    model = Model.open(path)
+    if (path / WHOLE).exists():
+        database.load(Model.open(path / WHOLE), "whole")
+    database.load(model, "contexts", progress)
 
 
 def _index(

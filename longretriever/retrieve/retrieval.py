@@ -47,6 +47,7 @@ class Context:
     share: float  # P(category | user)
     behaviors: int  # that the user vector was made from
     candidates: int  # of the merged list
+    unsearched: float = 0.0  # share of its items that could not be asked, while a part of the index is away
 
 
 class Asked(NamedTuple):
@@ -58,6 +59,7 @@ class Asked(NamedTuple):
     )
     share: float
     answer: Ranked
+    unsearched: float = 0.0  # see `Context`
 
 
 class Retrieval:
@@ -98,6 +100,11 @@ class Retrieval:
         """[contexts] category numbers of the model, in the order in which they were chosen; -1 for all."""
         return np.array([a.request.category for a in self._asked], np.int64)
 
+    @property
+    def partial(self) -> bool:
+        """Whether some context could not be searched, or not all of it."""
+        return any(a.unsearched > 0 for a in self._asked)
+
     @cached_property
     def contexts(self) -> list[Context]:
         """The categories asked about, in the order in which they were chosen."""
@@ -105,7 +112,7 @@ class Retrieval:
         ids = [self._model.category_ids.take([c])[0] if c >= 0 else None for c in asked]
         count = np.bincount(self.source, minlength=len(ids))
         return [
-            Context(category_id, a.share, len(a.request.behaviors.item), int(n))
+            Context(category_id, a.share, len(a.request.behaviors.item), int(n), a.unsearched)
             for category_id, a, n in zip(ids, self._asked, count, strict=True)
         ]
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from longretriever.errors import InputError, Mismatch, NotSaved
 from longretriever.events import LATEST
-from longretriever.index import CORPUS, ExactIndex, Index
+from longretriever.index import CORPUS, ExactIndex, Index, Searchable
 from longretriever.model.exported import Model, Request
+from longretriever.pgvector import Database, is_database
 from longretriever.retrieve.interests import INTERESTS, Contexts, Interests, Pgin, RandomInTop
 from longretriever.retrieve.merge import MERGES, Merge, Ranked
 from longretriever.retrieve.numbers import Numbers
@@ -30,6 +31,8 @@ WHOLE = "whole"
 """The folder, within that of a model, of another one whose vector searches all items."""
 
 _LATELY = 20  # last behaviors, the reasons in a context without any, where the model itself reads none
+
+_NOTHING = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0)  # items, cosines, log probabilities
 
 BATCH = 64  # users that share one call of the user tower and of the index
 
@@ -49,7 +52,20 @@ class Searched:
     """What finds items: user vectors of the one are searched for in the other."""
 
     model: Model
-    index: Index | ExactIndex
+    index: Searchable
+
+
+class Elsewhere(Protocol):
+    """Where item vectors are kept if not in a folder beside the model: in shards, in a database."""
+
+    def check(self, fingerprint: str, instead_of: str | None = None) -> None:
+        """Raises `NotLoaded` where this model cannot be searched yet, or less well than another one."""
+
+    def index_of(self, model: Model) -> Searchable:
+        """Raises `NotLoaded`."""
+
+
+IndexAt = str | os.PathLike[str] | Elsewhere
 
 
 class Retriever:
@@ -61,7 +77,7 @@ class Retriever:
     def __init__(
         self,
         model: Model,
-        index: Index | ExactIndex,
+        index: Searchable,
         store: Store,
         *,
         whole: Searched | None = None,
@@ -87,7 +103,7 @@ class Retriever:
         path: str | os.PathLike[str],
         *,
         store: str | os.PathLike[str] | None = None,
-        index: str | os.PathLike[str] | None = None,
+        index: IndexAt | None = None,
         exact: bool = False,
         interests: Interests | None = None,
         merge: Merge | None = None,
@@ -96,7 +112,8 @@ class Retriever:
     ) -> Retriever:
         """Open a model folder, with `path/index` and the store it was trained on unless others are given.
 
-        What the model brings to search all items is opened with it.
+        What the model brings to search all items is opened with it, and searched where `index` is if that is
+        no folder.
 
         `interests` and `merge` are those that the model was made for, unless given. `exact=True` scans all
         item vectors instead of opening an index. `threads` is for the user tower.
@@ -107,10 +124,12 @@ class Retriever:
         opened, whole = _opened(model, index or model.path / "index", exact, verify), None
         if (model.path / WHOLE).exists():
             of_all = Model.open(model.path / WHOLE, verify, threads)
-            whole = Searched(of_all, _opened(of_all, of_all.path / "index", exact, verify))
+            at = of_all.path / "index" if index is None or _is_folder(index) else index
+            whole = Searched(of_all, _opened(of_all, at, exact, verify))
         made = cls(model, opened, behaviors, whole=whole, interests=interests, merge=merge)
-        made.loaded = {"path": path, "store": store, "index": index, "exact": exact}
-        made.loaded |= {"interests": interests, "merge": merge}
+        if index is None or isinstance(index, str | os.PathLike):  # else it is of this process alone
+            made.loaded = {"path": path, "store": store, "index": index, "exact": exact}
+            made.loaded |= {"interests": interests, "merge": merge}
         return made
 
     def retrieve(
@@ -173,8 +192,8 @@ class Retriever:
         lap("contexts")
         asked: list[list[Asked]] = [[] for _ in lives]
         told = [r for r, _ in rows], [lives[i] for i in owner], shares
-        for n, answer in self._search(*told, k, ruled, lap):
-            asked[owner[n]].append(Asked(*rows[n], answer.share, answer))
+        for n, answer, unsearched in self._search(*told, k, ruled, lap):
+            asked[owner[n]].append(Asked(*rows[n], answer.share, answer, unsearched))
         lap("search")
         merge = merge or self.merge
         answers = [
@@ -236,8 +255,11 @@ class Retriever:
         k: int,
         ruled: Ruled,
         lap: Callable[[str], None],
-    ) -> Iterator[tuple[int, Ranked]]:
-        """The answers, each with the row that it is of; a row has one for each of its user vectors."""
+    ) -> Iterator[tuple[int, Ranked, float]]:
+        """The answers, each with the row that it is of; a row has one for each of its user vectors.
+
+        Behind each the share of its context that could not be searched, see `index.Nearest`.
+        """
         unwanted = self._unwanted(rows, lives, ruled)
         whole = np.array([row.category == CORPUS for row in rows], bool)
         parts = [(self._of_contexts, ~whole), (self._of_all, whole)]
@@ -247,8 +269,8 @@ class Retriever:
             at = np.flatnonzero(which).tolist()
             if at:
                 mine = [rows[i] for i in at], [shares[i] for i in at], [unwanted[i] for i in at]
-                for n, ranked in self._searched(searched, *mine, k, ruled, lap):
-                    yield at[n], ranked
+                for n, ranked, unsearched in self._searched(searched, *mine, k, ruled, lap):
+                    yield at[n], ranked, unsearched
 
     def _searched(
         self,
@@ -259,7 +281,7 @@ class Retriever:
         k: int,
         ruled: Ruled,
         lap: Callable[[str], None],
-    ) -> Iterator[tuple[int, Ranked]]:
+    ) -> Iterator[tuple[int, Ranked, float]]:
         """The same of rows that one model answers: one call of its user tower, one of its index."""
         model, index = searched.model, searched.index
         lap("search")
@@ -269,20 +291,23 @@ class Retriever:
         user_ND = vectors.that_count()
         context_N = np.array([rows[i].category for i in row_N])
         fetch = max(1, min(k + max(map(len, unwanted)), self._largest(context_N)))
-        item_Nk, cosine_Nk = index.search(user_ND, context_N, fetch, tuple(ruled.excluded))
-        # By the first k alone: what others of the call have fetched must not change a user's answer.
-        head_Nk = item_Nk[:, :k], cosine_Nk[:, :k]
         scale_N = np.where(context_N == CORPUS, model.corpus_scale, model.scale)
-        normaliser_N = index.log_normaliser(user_ND, context_N, scale_N, *head_Nk)
+        # Sums by the first k alone: what others of the call have fetched must not change a user's answer.
+        near = index.nearest(user_ND, context_N, fetch, scale_N, k, tuple(ruled.excluded))
         for n, i in enumerate(map(int, row_N)):
+            share, unsearched = shares[i] / vectors.interests[i], float(near.unsearched[n])
+            if unsearched == 1:  # whom of it the user has met would be known, but not against what
+                yield i, Ranked(rows[i].category, share, *_NOTHING), unsearched
+                continue
             head = k + len(unwanted[i])  # as many as this row alone would have fetched
-            found = Found(item_Nk[n, :head], cosine_Nk[n, :head], scale_N[n], normaliser_N[n], user_ND[n])
+            found = Found(
+                near.item[n, :head], near.cosine[n, :head], scale_N[n], near.normaliser[n], user_ND[n]
+            )
             log_shares = None
             if vectors.shares is not None:
                 log_shares = _shared(vectors.shares[i], ruled.rules.returns)
             item, cosine, log_prob = self._probable(rows[i], found, log_shares, unwanted[i], k)
-            share = shares[i] / vectors.interests[i]
-            yield i, Ranked(rows[i].category, share, item, cosine, log_prob)
+            yield i, Ranked(rows[i].category, share, item, cosine, log_prob), unsearched
 
     def _largest(self, context_N: np.ndarray) -> int:
         """How many items the largest of these contexts holds."""
@@ -472,9 +497,17 @@ def _met_among(item: np.ndarray, met: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return known, places, missing
 
 
-def _opened(model: Model, index: str | os.PathLike[str], exact: bool, verify: bool) -> Index | ExactIndex:
+def _is_folder(index: IndexAt) -> bool:
+    return isinstance(index, str | os.PathLike) and not is_database(index)
+
+
+def _opened(model: Model, index: IndexAt, exact: bool, verify: bool) -> Searchable:
     if exact:
         return ExactIndex(model.item_vectors(slice(None)), model.category_start, model.removed)
+    if not isinstance(index, str | os.PathLike):
+        return index.index_of(model)
+    if is_database(index):
+        return Database(str(index)).index_of(model)
     opened = Index.open(index, verify)
     if opened.manifest.made_from.get("model") != model.fingerprint:
         raise Mismatch(

@@ -5,25 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.exceptions import HTTPException as StarletteException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from longretriever.errors import InputError, LongRetrieverError, UnknownCategory, UnknownItem, UnknownUser
+from longretriever.errors import InputError, LongRetrieverError
 from longretriever.events import ITEM
 from longretriever.saved import package_version
 from longretriever.serve import inspection, metrics, wire
 from longretriever.serve.current import Current
-from longretriever.serve.door import Busy, Door, Keys, OutOfTime, Workroom
+from longretriever.serve.door import Busy, Workroom
+from longretriever.serve.front import as_json, guarded, may_read, may_write, wrong
 from longretriever.serve.openapi import described, documented
 from longretriever.serve.serving import Serving, as_id
 from longretriever.serve.settings import Settings
@@ -49,24 +45,14 @@ def create(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
     )
-    app.state.settings = settings
-    app.state.readers = Keys(settings.read_keys + settings.write_keys)
-    app.state.writers = Keys(settings.write_keys)
     app.openapi = lambda: documented(app)  # type: ignore[method-assign]
     _route(app)
     _page(app)
-    for kind, handler in _ERRORS.items():
-        app.add_exception_handler(kind, handler)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"]
         )
-    if not settings.needs_keys:  # else a page elsewhere could reach this through a name that points here
-        app.add_middleware(
-            TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "testserver"]
-        )
-    app.add_middleware(Door, body=settings.body)
-    return app
+    return guarded(app, settings)
 
 
 @asynccontextmanager
@@ -74,8 +60,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open what is served; at the end finish requests, then commit, then close."""
     settings: Settings = app.state.settings
     app.state.journal = await asyncio.to_thread(Journal, settings.journal)
-    app.state.current = await asyncio.to_thread(Current, settings.source, app.state.journal)
-    app.state.work = Workroom(settings.threads, settings.queue, settings.seconds)
+    app.state.fleet = await asyncio.to_thread(settings.fleet)
+    source, journal = settings.source(app.state.fleet), app.state.journal
+
+    def opened(before: Serving | None) -> Serving:
+        return Serving(source, journal, before)
+
+    app.state.current = await asyncio.to_thread(Current, opened, lambda now: source.signature(now.store.path))
+    app.state.work = Workroom(settings.at_once, settings.queue, settings.seconds)
+    # Where others search, a thread for each request waits for them; else see `Workroom`.
+    app.state.retrieving = app.state.work.long if settings.is_remote else app.state.work.short
     watching = asyncio.create_task(app.state.current.watch(settings.watch)) if settings.watch else None
     serving = app.state.current.serving
     log.info("serving", extra={"facts": {"model": serving.name, "live": str(settings.journal)}})
@@ -85,88 +79,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         with suppress(asyncio.CancelledError):
             await watching
     app.state.work.close()
+    if app.state.fleet is not None:
+        await asyncio.to_thread(app.state.fleet.close)
     await asyncio.to_thread(app.state.journal.close)
     log.info("stopped")
-
-
-# -- who may
-
-_bearer = HTTPBearer(auto_error=False, description="Needed where the server has keys.")
-_ASK = {"WWW-Authenticate": "Bearer"}
-_Given = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-
-
-async def _may_read(request: Request, given: _Given) -> None:
-    _check_key(request, given, request.app.state.readers, "read")
-
-
-async def _may_write(request: Request, given: _Given) -> None:
-    _check_key(request, given, request.app.state.writers, "write")
-
-
-def _check_key(
-    request: Request, given: HTTPAuthorizationCredentials | None, keys: Keys, to: Literal["read", "write"]
-) -> None:
-    if not request.app.state.settings.needs_keys:
-        return
-    if given is None:
-        raise HTTPException(
-            401, "send an API key: Authorization: Bearer KEY.", {"WWW-Authenticate": "Bearer"}
-        )
-    if not keys.have(given.credentials):
-        known = request.app.state.readers.have(given.credentials)
-        detail = "this API key may read only." if known else "this API key is not known."
-        raise HTTPException(403 if known else 401, detail, None if known else _ASK)
-
-
-# -- answers
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def _wrong(status: int, detail: str, errors: Any = None, headers: Any = None) -> Response:
-    body = msgspec.json.encode(wire.Wrong(detail, errors))
-    return Response(body, status, headers, "application/json")
-
-
-def _invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    errors = [{"where": list(one["loc"]), "what": one["msg"]} for one in error.errors()]
-    first = errors[0]
-    where = ".".join(map(str, first["where"]))
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return _wrong(422, f"{where}: {first['what']}{more}", errors)
-
-
-def _unknown(request: Request, error: Exception) -> Response:
-    return _wrong(404 if request.path_params else 422, str(error))
-
-
-def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteException)
-    return _wrong(error.status_code, str(error.detail), headers=error.headers)
-
-
-_ERRORS: dict[Any, Callable[[Request, Exception], Response]] = {
-    RequestValidationError: _invalid,
-    UnknownUser: _unknown,
-    UnknownItem: _unknown,
-    UnknownCategory: _unknown,
-    InputError: lambda request, error: _wrong(422, str(error)),
-    StarletteException: _refused,
-    Busy: lambda request, error: _wrong(503, "too many requests wait.", headers={"Retry-After": "1"}),
-    Exception: lambda request, error: _wrong(500, "this server failed; its log says how."),
-    OutOfTime: lambda request, error: _wrong(504, "the request took longer than it may."),
-}
 
 
 # -- routes
 
 
 def _route(app: FastAPI) -> None:
-    reads, writes = [Depends(_may_read)], [Depends(_may_write)]
+    reads, writes = [Depends(may_read)], [Depends(may_write)]
     post, get = app.post, app.get
     post("/v1/retrieve", dependencies=reads, **described(wire.Answer))(retrieve)
     post("/v1/retrieve/batch", dependencies=reads, **described(wire.BatchAnswer))(retrieve_batch)
@@ -198,12 +121,13 @@ def _limited(field: str, given: int, most: int) -> None:
 async def retrieve(request: Request, asked: wire.RetrieveAsked) -> Response:
     """Candidates for one user: his whole life up to now, the events of a moment ago included."""
     _limited("k", asked.k, request.app.state.settings.k)
-    answer = await request.app.state.work.short(_serving(request).retrieve, asked)
+    answer = await request.app.state.retrieving(_serving(request).retrieve, asked)
     for name, milliseconds in answer.timings.items():
         metrics.stage.labels(name).observe(milliseconds / 1e3)
     if answer.fallback:
         metrics.fallbacks.inc()
-    return _json(answer)
+    _count_partial([answer])
+    return as_json(answer)
 
 
 async def retrieve_batch(request: Request, asked: wire.BatchAsked) -> Response:
@@ -211,7 +135,17 @@ async def retrieve_batch(request: Request, asked: wire.BatchAsked) -> Response:
     settings = request.app.state.settings
     _limited("k", asked.k, settings.k)
     _limited("user_ids", len(asked.user_ids), settings.batch)
-    return _json(await request.app.state.work.long(_serving(request).retrieve_many, asked))
+    found = await request.app.state.work.long(_serving(request).retrieve_many, asked)
+    _count_partial(found.answers)
+    return as_json(found)
+
+
+def _count_partial(answers: Sequence[wire.Answer]) -> None:
+    partial = [answer for answer in answers if answer.partial]
+    metrics.partial.inc(len(partial))
+    missing = {str(c.category_id) for answer in partial for c in answer.contexts if c.unsearched}
+    if missing:  # None: of all items some
+        log.warning("partial", extra={"facts": {"answers": len(partial), "categories": sorted(missing)}})
 
 
 async def events(request: Request, sent: wire.EventsSent | wire.EventSent) -> Response:
@@ -228,7 +162,7 @@ async def events(request: Request, sent: wire.EventsSent | wire.EventSent) -> Re
     written = await asyncio.wrap_future(journal.append(checked, serving.store.behaviors))
     metrics.events.labels("accepted").inc(written.accepted)
     metrics.events.labels("duplicate").inc(written.duplicates)
-    return _json(wire.EventsWritten(*written))
+    return as_json(wire.EventsWritten(*written))
 
 
 _Like = Annotated[
@@ -244,7 +178,7 @@ async def users(
     seed: Annotated[int, Query(ge=0, lt=1 << 53)] = 0,
 ) -> Response:
     """Users whose ids begin so; some drawn by `seed` where nothing is said."""
-    return _json(await request.app.state.work.long(inspection.users, _serving(request), like, limit, seed))
+    return as_json(await request.app.state.work.long(inspection.users, _serving(request), like, limit, seed))
 
 
 async def user(
@@ -258,21 +192,21 @@ async def user(
     """A user's life: by category over time, with the interest in each, and the newest behaviors."""
     serving = _serving(request)
     of = as_id(user_id, serving.store.user_ids.values), now, spans, recent, categories
-    return _json(await request.app.state.work.long(inspection.life, serving, *of))
+    return as_json(await request.app.state.work.long(inspection.life, serving, *of))
 
 
 async def forget(request: Request, user_id: str) -> Response:
     """Forget a person: live events are deleted, the store's hidden, and dropped by the next compaction."""
     of = as_id(user_id, _serving(request).store.user_ids.values)
     deleted = await asyncio.wrap_future(request.app.state.journal.forget(of))
-    return _json(wire.Forgotten(of, deleted))
+    return as_json(wire.Forgotten(of, deleted))
 
 
 async def similar(request: Request, item_id: str, k: Annotated[int, Query(ge=1, le=1_000)] = 20) -> Response:
     """Items of the same category whose vectors are nearest."""
     serving = _serving(request)
     of = as_id(item_id, serving.model.items[ITEM])
-    return _json(await request.app.state.work.long(inspection.similar, serving, of, k))
+    return as_json(await request.app.state.work.long(inspection.similar, serving, of, k))
 
 
 async def items(
@@ -280,18 +214,18 @@ async def items(
 ) -> Response:
     """Items by the beginning of their id or a part of their title."""
     of = like, category_id, limit
-    return _json(await request.app.state.work.long(inspection.items, _serving(request), *of))
+    return as_json(await request.app.state.work.long(inspection.items, _serving(request), *of))
 
 
 async def categories(request: Request, like: _Like = None, limit: _Limit = 100) -> Response:
     """Categories, those of most items first."""
-    return _json(await request.app.state.work.long(inspection.categories, _serving(request), like, limit))
+    return as_json(await request.app.state.work.long(inspection.categories, _serving(request), like, limit))
 
 
 async def model(request: Request) -> Response:
     """What is served, how ids are written, and the limits of requests."""
     limits = request.app.state.settings.limits
-    return _json(await request.app.state.work.long(inspection.facts, _serving(request), limits))
+    return as_json(await request.app.state.work.long(inspection.facts, _serving(request), limits))
 
 
 async def reload(request: Request) -> Response:
@@ -303,13 +237,13 @@ async def reload(request: Request) -> Response:
     try:
         changed = await current.reload()
     except (LongRetrieverError, OSError) as error:
-        return _wrong(409, f"{current.serving.name} goes on: {error}")
-    return _json(wire.Reloaded(current.serving.name, changed))
+        return wrong(409, f"{current.serving.name} goes on: {error}")
+    return as_json(wire.Reloaded(current.serving.name, changed))
 
 
 async def show_metrics(request: Request) -> Response:
     """Counts for Prometheus."""
-    text = await asyncio.to_thread(metrics.exposition, _serving(request))
+    text = await asyncio.to_thread(metrics.exposition, _serving(request), request.app.state.fleet)
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
@@ -319,10 +253,13 @@ async def healthz() -> dict[str, str]:
 
 
 async def readyz(request: Request) -> Response:
-    """It answers requests: the model is open and the journal can be read."""
+    """It answers requests: the model is open, the journal can be read, some shard is up if there are any."""
     serving = _serving(request)
     await asyncio.to_thread(request.app.state.journal.last)
-    return _json(wire.Ready("ready", serving.name))
+    fleet = request.app.state.fleet
+    if fleet is not None and not any(fleet.searchable(one).any() for one in serving.fingerprints):
+        return wrong(503, f"no shard answers for {serving.name}.", headers={"Retry-After": "1"})
+    return as_json(wire.Ready("ready", serving.name))
 
 
 def _page(app: FastAPI) -> None:

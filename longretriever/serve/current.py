@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
 
-from longretriever.errors import LongRetrieverError
+from longretriever.errors import LongRetrieverError, NotLoaded, RequestFailed
 from longretriever.serve import metrics
-from longretriever.serve.serving import Serving, Source
-from longretriever.store.live import Journal
 
 log = logging.getLogger("longretriever.serve")
 
 
-class Current:
+class Generation(Protocol):
+    """What is served at a time: it has a name, and says what it was opened from."""
+
+    name: str
+    signature: tuple[Any, ...]
+
+
+G = TypeVar("G", bound=Generation)
+
+
+class Current(Generic[G]):
     """Holds what is served. `serving` is read without a lock: whoever has it keeps it for its request."""
 
-    def __init__(self, source: Source, journal: Journal) -> None:
-        """Raises a `SavedError` where there is nothing to serve yet."""
-        self._source, self._journal = source, journal
-        self.serving = Serving(source, journal)
+    def __init__(self, opened: Callable[[G | None], G], signature: Callable[[G], tuple[Any, ...]]) -> None:
+        """`opened` opens what lies on the disk in the place of what is given; `signature` is the disk's now.
+
+        Raises a `SavedError` where there is nothing to serve yet.
+        """
+        self._opened, self._found = opened, signature
+        self.serving = opened(None)
         self._refused: tuple[Any, ...] | None = None
+        self._said: str | None = None  # why it was refused, so that the same is not said every second
         self._turn = asyncio.Lock()
 
     async def reload(self) -> bool:
@@ -31,18 +44,21 @@ class Current:
         happen on a thread of their own, beside requests.
         """
         async with self._turn:
-            found = self._source.signature(self.serving.store.path)
+            found = self._found(self.serving)
             if found == self.serving.signature:
                 return False
             try:
-                self.serving = await asyncio.to_thread(Serving, self._source, self._journal)
+                self.serving = await asyncio.to_thread(self._opened, self.serving)
             except (LongRetrieverError, OSError) as error:
-                self._refused = found
+                # What depends on others may be served soon although nothing changes here.
+                self._refused = None if isinstance(error, NotLoaded | RequestFailed) else found
                 metrics.reloads.labels("refused").inc()
-                log.error(
-                    "reload refused", extra={"facts": {"why": str(error), "serving": self.serving.name}}
-                )
+                if str(error) != self._said:
+                    facts = {"why": str(error), "serving": self.serving.name}
+                    log.error("reload refused", extra={"facts": facts})
+                self._said = str(error)
                 raise
+            self._said = None
             metrics.reloads.labels("done").inc()
             log.info("reloaded", extra={"facts": {"model": self.serving.name}})
             return True
@@ -51,7 +67,7 @@ class Current:
         """Reload whenever something was replaced; what was refused is tried again once it changes."""
         while True:
             await asyncio.sleep(seconds)
-            found = self._source.signature(self.serving.store.path)
+            found = self._found(self.serving)
             if found not in (self.serving.signature, self._refused):
                 try:
                     await self.reload()

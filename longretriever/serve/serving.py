@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from secrets import randbits
 from typing import Any, Literal
@@ -23,15 +24,14 @@ from longretriever.retrieve.interests import INTERESTS, Interests, Pgin, RandomI
 from longretriever.retrieve.merge import MERGES, Merge
 from longretriever.retrieve.popular import Popular
 from longretriever.retrieve.retrieval import Retrieval
-from longretriever.retrieve.retriever import WHOLE, Retriever
+from longretriever.retrieve.retriever import WHOLE, Elsewhere, Retriever
 from longretriever.retrieve.rules import Rules
-from longretriever.saved import MANIFEST
+from longretriever.saved import MANIFEST, opening
 from longretriever.serve import wire
+from longretriever.serve.settings import Clock
 from longretriever.store.behaviors import Life
 from longretriever.store.joined import Joined, LiveEvents
 from longretriever.store.live import Event, Journal, Reader
-
-Clock = Literal["wall", "log"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Source:
 
     model: Path
     store: Path | None = None
-    index: Path | None = None
+    index: Path | Elsewhere | None = None
     clock: Clock = "wall"
     threads: int = 1  # of the user tower
 
@@ -54,9 +54,30 @@ class Source:
         `store` is the one in use, where the model names it.
         """
         model = self.model.resolve()
-        folders = [model, self.index or model / "index", model / WHOLE / "index"]
+        index = self.index if isinstance(self.index, Path) else model / "index"
+        folders = [model] if self.is_elsewhere else [model, index, model / WHOLE / "index"]
         folders += [one for one in (self.store or store,) if one]
         return tuple(_stamp(folder.resolve() / MANIFEST) for folder in folders)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the index is asked over a network."""
+        return self.index is not None and not isinstance(self.index, Path)
+
+    def check(self, replaces: Serving | None) -> None:
+        """Raises `NotLoaded` where what searches elsewhere does not have this model yet."""
+        if self.index is None or isinstance(self.index, Path):
+            return
+        found = self.fingerprints()
+        before = replaces.fingerprints if replaces is not None else (None,) * len(found)
+        for fingerprint, old in zip_longest(found, before[: len(found)]):
+            self.index.check(fingerprint, old)
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the model, and of what it brings to search all items."""
+        model = self.model.resolve()
+        folders = [one for one in (model, model / WHOLE) if one == model or one.exists()]
+        return tuple(opening(one, "model").fingerprint for one in folders)
 
 
 def _stamp(file: Path) -> tuple[str, int, int] | None:
@@ -70,13 +91,15 @@ def _stamp(file: Path) -> tuple[str, int, int] | None:
 class Serving:
     """A retriever ready to answer over the wire. Safe to share between threads."""
 
-    def __init__(self, source: Source, journal: Journal) -> None:
+    def __init__(self, source: Source, journal: Journal, replaces: Serving | None = None) -> None:
         """Open everything, and answer one request, so that what cannot serve is found here.
 
-        Raises a `SavedError`.
+        Raises a `SavedError`, and `NotLoaded` where it could answer less than what it replaces.
         """
         self.source, self.journal = source, journal
         before = source.signature()
+        source.check(replaces)
+        self.fingerprints = source.fingerprints()
         self.retriever = Retriever.load(
             source.model, store=source.store, index=source.index, threads=source.threads
         )
@@ -130,8 +153,8 @@ class Serving:
         seed = randbits(32) if asked.seed is None else asked.seed
         found = self._found(lives, asked, seed, rules, merge, lap)
         answers = [
-            self._said(user_id, seed, retrieval, fallback, asked.explain)
-            for user_id, (retrieval, fallback) in zip(user_ids, found, strict=True)
+            self._said(user_id, seed, *one, asked.explain)
+            for user_id, one in zip(user_ids, found, strict=True)
         ]
         lap("answer")
         return answers
@@ -144,8 +167,11 @@ class Serving:
         rules: Rules,
         merge: Merge | None,
         lap: Callable[[str], None],
-    ) -> list[tuple[Retrieval, bool]]:
-        """Of each life what is retrieved for it, or what is popular where it is empty; and whether it is."""
+    ) -> list[tuple[Retrieval, bool, bool]]:
+        """Of each life what is retrieved, or what is popular where it is empty or nothing can be searched.
+
+        And whether it is what is popular, and whether not all could be searched.
+        """
         lived = [len(life.recent(1).item) > 0 for life in lives]
         known = [life for life, one in zip(lives, lived, strict=True) if one]
         interests = self._interests(asked.interests)
@@ -157,10 +183,15 @@ class Serving:
             else ()
         )
         popular = {} if merge is None else {"merge": merge}
-        return [
-            (next(answers), False) if one else (self.popular.answer(life, asked.k, rules, **popular), True)
-            for life, one in zip(lives, lived, strict=True)
-        ]
+        out = []
+        for life, one in zip(lives, lived, strict=True):
+            own = next(answers) if one else None
+            partial = own is not None and own.partial
+            if own is None or (partial and not len(own)):
+                out.append((self.popular.answer(life, asked.k, rules, **popular), True, partial))
+            else:
+                out.append((own, False, partial))
+        return out
 
     def lives(self, user_ids: Sequence[int | str | None], now: float | None) -> list[Life]:
         """Of each user, all that is known of him before `now`; an empty life for None."""
@@ -177,18 +208,29 @@ class Serving:
         return Joined(self.store, [None], [placeholder], [none]).life(0, now)
 
     def _said(
-        self, user_id: int | str | None, seed: int, found: Retrieval, fallback: bool, explain: bool
+        self,
+        user_id: int | str | None,
+        seed: int,
+        found: Retrieval,
+        fallback: bool,
+        partial: bool,
+        explain: bool,
     ) -> wire.Answer:
         total = float(sum(context.share for context in found.contexts)) or 1.0
         contexts = [
             wire.ContextAsked(
-                c.category_id, float(c.share), float(c.share) / total, c.behaviors, c.candidates
+                c.category_id,
+                float(c.share),
+                float(c.share) / total,
+                c.behaviors,
+                c.candidates,
+                round(c.unsearched, 4),
             )
             for c in found.contexts
         ]
         candidates = _explained(found) if explain else _plain(found)
         said: Literal["popular"] | None = "popular" if fallback else None
-        return wire.Answer(user_id, found.now, seed, self.name, said, contexts, candidates, {})
+        return wire.Answer(user_id, found.now, seed, self.name, said, partial, contexts, candidates, {})
 
     def _interests(self, asked: wire.InterestsAsked) -> Interests | None:
         """What chooses the contexts; None for the model's own."""

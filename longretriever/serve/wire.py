@@ -138,6 +138,7 @@ class ContextAsked(msgspec.Struct):
     share: float  # of the answer's probability; those of all contexts sum to 1
     behaviors: int  # that its user vector was made from
     candidates: int  # of the list
+    unsearched: float  # share of its items that could not be asked: 0, but while a shard is away
 
 
 class Answer(msgspec.Struct):
@@ -146,6 +147,7 @@ class Answer(msgspec.Struct):
     seed: int
     model: str  # which model answered
     fallback: Literal["popular"] | None  # set where nothing is known of the user
+    partial: bool  # whether some context could not be searched, or not all of it; `contexts` say which
     contexts: list[ContextAsked]
     candidates: list[CandidateFound]
     timings: dict[str, float]  # milliseconds by stage
