@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from longretriever.retrieve.rules import Rules
     from longretriever.store.behaviors import Life, Store
     from longretriever.store.ingest import ingest
+    from longretriever.store.on_spark import Spark
+    from longretriever.store.parts import Parts
 
 _HOME = {
     "Added": "model.extended",
@@ -42,6 +44,7 @@ _HOME = {
     "Market": "market",
     "MarketConfig": "market",
     "MindConfig": "model.baselines.mind",
+    "Parts": "store.parts",
     "Pgin": "retrieve.interests",
     "PginConfig": "model.config",
     "RandomInTop": "retrieve.interests",
@@ -49,6 +52,7 @@ _HOME = {
     "Retrieval": "retrieve.retrieval",
     "Retriever": "retrieve.retriever",
     "Rules": "retrieve.rules",
+    "Spark": "store.on_spark",
     "Store": "store.behaviors",
     "Top": "retrieve.interests",
     "TrainConfig": "model.config",
@@ -77,6 +81,7 @@ __all__ = [
     "Market",
     "MarketConfig",
     "MindConfig",
+    "Parts",
     "Pgin",
     "PginConfig",
     "RandomInTop",
@@ -84,6 +89,7 @@ __all__ = [
     "Retrieval",
     "Retriever",
     "Rules",
+    "Spark",
     "Store",
     "Top",
     "TrainConfig",

@@ -169,6 +169,20 @@ def ingest(
     item_feature: Annotated[
         list[str] | None, typer.Option(help="Item feature to use; default all that suit.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="duckdb, or spark for a cluster.")] = "duckdb",
+    spark_master: Annotated[
+        str | None,
+        typer.Option(
+            "--spark-master", metavar="URL", help="local[4], spark://host:7077; default as submitted."
+        ),
+    ] = None,
+    parts_by: Annotated[
+        str | None,
+        typer.Option("--parts-by", help="Cut the store by user (to serve) or category (to train)."),
+    ] = None,
+    parts: Annotated[
+        int | None, typer.Option("--parts", min=1, help="How many stores to cut it into.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn log files into a store: numbered, sorted, deduplicated, memory-mapped."""
@@ -187,6 +201,8 @@ def ingest(
             max_rejected=max_rejected,
             memory_limit=memory_limit,
             threads=threads,
+            engine=_engine(engine, spark_master),
+            parts=_parts(parts_by, parts),
             profile=profile,
             item_features=item_feature,
             progress=say,
@@ -1118,9 +1134,11 @@ def verify(
 ) -> None:
     """Check every file of a saved folder against its SHA-256, and say what the folder is."""
     from longretriever.saved import kind_of, opening
+    from longretriever.store.parts import check_parts
 
     manifest = opening(path, kind_of(path), verify=True)
     size = sum(file["bytes"] for file in manifest.files.values())
+    size += check_parts(manifest) if manifest.kind == "partition" else 0
     facts = {
         "path": str(path),
         "kind": manifest.kind,
@@ -1346,6 +1364,29 @@ def _training() -> Callable[..., Any]:
     return torch_train
 
 
+def _engine(name: str, master: str | None) -> Any:
+    """What computes an ingest; Spark is imported only where it is asked for."""
+    if name not in ("duckdb", "spark"):
+        raise InputError(f"--engine {name}: expected duckdb or spark.")
+    if name == "spark":
+        from longretriever.store.on_spark import Spark
+
+        return Spark(master)
+    if master is not None:
+        raise InputError(f"--spark-master {master} is of --engine spark. Pass that too, or leave it out.")
+    return None
+
+
+def _parts(by: str | None, count: int | None) -> Any:
+    if by is None and count is None:
+        return None
+    if by is None or count is None:
+        raise InputError("--parts-by and --parts belong together: --parts-by user --parts 8.")
+    from longretriever.store.parts import Parts
+
+    return Parts(by, count)
+
+
 def _compact_summary(facts: Mapping[str, Any]) -> dict[str, Any]:
     if facts["ingest"] is None:
         nothing = f"nothing to fold: it has all of {facts['journal']}, up to number {facts['upto']:,}"
@@ -1406,6 +1447,14 @@ def _added_summary(added: Mapping[str, Any] | None) -> dict[str, Any]:
     return summary
 
 
+def _parts_summary(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        part["folder"]: f"{part['events']:,} events of {part['users']:,} users, "
+        f"{'users' if part['by'] == 'user' else 'categories'} {part['first']} to {part['last']}"
+        for part in parts
+    }
+
+
 def _ingest_summary(path: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     rejected = facts["rejected"]
     reasons = "; ".join(f"{n:,} {reason}" for reason, n in rejected.items())
@@ -1418,6 +1467,7 @@ def _ingest_summary(path: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "items": f"{facts['items']:,} in {facts['categories']:,} categories",
         "times": f"{facts['time_unit']}, {day(facts['first_time'])} to {day(facts['last_time'])}",
         "other category": f"{facts['recategorised']:,} events counted under their item's usual one",
+        **_parts_summary(facts["parts"]),
         "columns": ", ".join(facts["columns_used"]),
         **{f"skipped {name}": why for name, why in facts["columns_skipped"].items()},
         **{f"note {i}": note for i, note in enumerate(facts["notes"], start=1)},

@@ -11,6 +11,7 @@ LongRetrieverError
 │   ├── Damaged           a file is missing, cut off or altered
 │   ├── Mismatch          it was made from something other than what it is used with
 │   └── NotLoaded         shards or a database do not have this model, or not yet
+├── EngineFailed          what computes an ingest stopped: a worker died, a disk is full
 ├── RequestFailed         a server refused a request, or could not be reached
 └── MissingExtra          an optional part is not installed
 
@@ -68,6 +69,10 @@ class Mismatch(SavedError):
 
 class NotLoaded(SavedError):
     """Shards or a database do not have the vectors of this model, or not yet."""
+
+
+class EngineFailed(LongRetrieverError):
+    """What computes an ingest stopped before the end: a worker died, a disk is full."""
 
 
 class RequestFailed(LongRetrieverError):

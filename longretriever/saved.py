@@ -32,6 +32,7 @@ _HASHED_AT_OPEN = 1 << 20  # bytes: smaller files are always hashed, larger ones
 _MADE_BY = {
     "market": "longretriever generate",
     "store": "longretriever ingest",
+    "partition": "longretriever ingest --parts",
     "model": "longretriever train",
     "interests": "longretriever train",
     "checkpoint": "longretriever train",
@@ -48,11 +49,16 @@ def package_version() -> str:
 
 @dataclass
 class Folder:
-    """A folder being written: put files into `path`, facts into `facts`, origins into `made_from`."""
+    """A folder being written: put files into `path`, facts into `facts`, origins into `made_from`.
+
+    `inside` names saved folders in it that have manifests of their own, and are no part of this one's.
+    """
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     made_from: dict[str, str] = field(default_factory=dict)
+    inside: list[str] = field(default_factory=list)
+    package: str = field(default_factory=package_version)
 
     def save_array(self, name: str, array: np.ndarray) -> None:
         np.save(self.path / f"{name}.npy", array, allow_pickle=False)
@@ -109,7 +115,7 @@ def writing(
     try:
         folder = Folder(partial)
         yield folder
-        _write_manifest(folder, kind)
+        seal(folder, kind)
         if then is not None:
             then(partial)
         check_replaceable(target, kind)
@@ -241,15 +247,17 @@ def _fingerprint(files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _write_manifest(folder: Folder, kind: str) -> None:
-    names = sorted(str(f.relative_to(folder.path)) for f in folder.path.rglob("*") if f.is_file())
+def seal(folder: Folder, kind: str) -> None:
+    """Hash and sync all files, and write the manifest; `writing` does so by itself."""
+    found = (f.relative_to(folder.path) for f in folder.path.rglob("*") if f.is_file())
+    names = sorted(str(name) for name in found if name.parts[0] not in folder.inside)
     files = {
         n: {"bytes": (folder.path / n).stat().st_size, "sha256": _sha256(folder.path / n)} for n in names
     }
     manifest = {
         "format": FORMAT,
         "kind": kind,
-        "package": package_version(),
+        "package": folder.package,
         "fingerprint": _fingerprint(files),
         "made_from": folder.made_from,
         "facts": folder.facts,

@@ -124,7 +124,7 @@ with saved.writing(sys.argv[1], "store") as folder:
 """
 
 
-@pytest.mark.parametrize("moment", ["block", "_write_manifest", "_move_into_place"])
+@pytest.mark.parametrize("moment", ["block", "seal", "_move_into_place"])
 def test_killed_at_any_moment_the_old_one_stays(tmp_path, moment):
     write(tmp_path / "store", 7)
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "store"), moment], check=False)

@@ -3,8 +3,8 @@
 Sorting the ids themselves would be the dear part: two joins turn some 40 bytes of strings into integers,
 so that a whole store takes 1.1 times what DuckDB's bare sort of the same 20M events takes, and less than
 half its memory. What the engine holds is bounded by `memory_limit` (it spills beside the output), and the
-sorted events are streamed into the store, whole users at a time. The expressions are Ibis; only reading,
-settings and streaming speak DuckDB.
+sorted events are streamed into the store, whole users at a time. The expressions are Ibis, the same for every
+engine; what engines do differently is behind `engine.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,30 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longretriever.errors import EventsError
-from longretriever.events import BEHAVIOR, CATEGORY, ITEM, LATEST, TIME, TITLE, USER
-from longretriever.saved import Folder, writing
+from longretriever.events import BEHAVIOR, CATEGORY, ITEM, TIME, TITLE, USER
+from longretriever.saved import writing
+from longretriever.store.arrays import (
+    ITEM_CATEGORY,
+    Written,
+    piece_folder,
+    put_together,
+    total,
+    write_category_groups,
+    write_piece,
+    written_in,
+)
+from longretriever.store.engine import BROKEN, PIECE, Engine, Opens
+from longretriever.store.on_duckdb import DuckDB
+from longretriever.store.parts import PRESENT, Parts, Recipe, cuts, write_arrow, write_list, write_part
 from longretriever.store.sources import (
-    BROKEN,
     EVENT_COLUMNS,
     SHOWN,
     Log,
     Source,
     as_feature,
     as_key,
-    engine,
+    count,
     judge,
-    keep,
     key_type,
     located,
     read,
@@ -55,7 +67,9 @@ REJECTED = pa.schema(
 """Of `rejected.parquet`: `row` counts from 1, the header of a text file left out; `line` is a broken one."""
 
 _COPIES = "copies#"
-_GROUPS_AT_ONCE = 1 << 22
+_REJECTED_AT_ONCE = 1 << 17
+_USER, _ITEM, _CATEGORY, _EVENTS = "user#", "item#", "category#", "events#"  # numbers; a file may have "item"
+_ORDER = ("user", "category", "time", "item", "behavior")
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,7 @@ class IngestReport:
     columns_used: tuple[str, ...]  # "events.user_id", "users.gender" ...
     columns_skipped: dict[str, str]  # "items.price" -> why
     notes: tuple[str, ...]
+    parts: tuple[dict[str, Any], ...] = ()  # of a partition: folder, first and last id, events, users ...
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> wall time
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,6 +115,8 @@ def ingest(
     max_rejected: float = 0.01,
     memory_limit: str | None = None,
     threads: int | None = None,
+    engine: Opens | None = None,
+    parts: Parts | None = None,
     profile: Sequence[str] | None = None,
     item_features: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -114,11 +131,13 @@ def ingest(
 
     `time_unit`: "s" or "ms", where a log cannot tell. `max_rejected`: the share of rows of an input that
     may be unusable; those are listed in `rejected.parquet` of the store. `memory_limit`: what the engine
-    may hold, such as "2GB"; beyond it, it spills beside `out`. `profile`, `item_features`: the columns to
-    use, instead of all that suit. `facts`, `made_from`: what else the manifest shall say.
+    may hold, such as "2GB"; beyond it, it spills beside `out`. `engine`: `DuckDB()` unless given; `Spark()`
+    for a cluster. `parts`: write a folder of stores instead of one store, `Parts("user", 8)` or
+    `Parts("category", 8)`. `profile`, `item_features`: the columns to use, instead of all that suit. `facts`,
+    `made_from`: what else the manifest shall say.
 
-    The same log gives the same bytes, whatever the order of its rows and files and the number of threads
-    (but for `rejected.parquet`, which names files and rows).
+    The same log gives the same bytes, whatever the order of its rows and files, the number of threads and the
+    engine (but for `rejected.parquet`, which names files and rows).
 
     Raises `EventsError` when an input is unreadable, lacks a column, mixes time units, or has more than
     `max_rejected` bad rows; nothing is written then.
@@ -127,50 +146,54 @@ def ingest(
     that of a sort of the log; 20M events with string ids take half a minute on two busy cores.
     """
     clock = _Clock(progress)
-    with writing(out, "store") as folder, engine(folder.path / "work", memory_limit, threads) as con:
-        with clock("read", "reading the inputs"):
-            maps = (columns, item_columns, user_columns)
-            inputs = _open(con, (events, items, users), maps, folder.path / "work")
-            log = judge(con, inputs.events, inputs.types, time_unit)
-        with clock("number", f"numbering the users and items of {log.read:,} rows"):
-            catalog = _one_row_each(con, inputs.items, ITEM, inputs.types) if inputs.items else None
-            people = _one_row_each(con, inputs.users, USER, inputs.types) if inputs.users else None
-            numbers = _number(con, log, catalog)
-            losses = _losses(inputs, log, numbers)
-            _check(losses, max_rejected)
-            _write_rejected(con, losses, folder.path / "rejected.parquet")
-        with clock("sort", f"sorting {log.read - losses[0].rows:,} events"):
-            item_rows = _fetch(con, numbers.items.order_by("item"))
-            item_category = item_rows["category"].to_numpy()
-            blocks = _whole_users(_sorted_events(con, log, numbers))
-            written = _write_events(folder, blocks, item_category, wide=log.read >= 1 << 31)
-            _write_category_groups(folder, written.category_groups)
-        with clock("describe", "writing users, items and categories"):
-            item_fields = _write_items(folder, item_rows, catalog, item_features)
-            people_rows = _people(con, numbers, people, written.users)
-            profile_fields = _write_users(folder, people_rows, people, profile)
-        report = IngestReport(
-            **_rows_lost(log, numbers, losses, catalog, people),
-            **written.counts,
-            users=len(written.users),
-            items=item_rows.num_rows,
-            categories=len(written.category_groups),
-            time_unit=log.unit,
-            behaviors=log.behaviors,
-            **_columns(inputs, item_fields, profile_fields),
-        )
-        counts = report.as_dict()
-        del counts["seconds"]
-        folder.made_from.update(made_from or {})
-        folder.facts.update(
-            facts or {},
-            behaviors=list(log.behaviors),
-            profile_fields=profile_fields.vocabularies,
-            item_fields=item_fields.vocabularies,
-            first_time=report.first_time,
-            last_time=report.last_time,
-            report=counts,
-        )
+    work_on = (engine or DuckDB()).opened
+    with writing(out, "partition" if parts else "store") as folder:
+        work = folder.path / "work"
+        with work_on(work, memory_limit, threads) as con:
+            with clock("read", "reading the inputs"):
+                maps = (columns, item_columns, user_columns)
+                inputs = _open(con, (events, items, users), maps, work)
+                log = judge(inputs.events, inputs.types, time_unit)
+            with clock("number", f"numbering the users and items of {log.read:,} rows"):
+                catalog = _one_row_each(inputs.items, ITEM, inputs.types) if inputs.items else None
+                people = _one_row_each(inputs.users, USER, inputs.types) if inputs.users else None
+                numbers = _number(con, log, catalog)
+                losses = _losses(inputs, log, numbers)
+                _check(con, losses, max_rejected)
+                _write_rejected(con, losses, folder.path / "rejected.parquet")
+            usable = log.read - losses[0].rows
+            with clock("sort", f"sorting {usable:,} events"):
+                item_rows = con.fetch(numbers.items.order_by(_ITEM))
+                np.save(work / ITEM_CATEGORY, item_rows[_CATEGORY].to_numpy())
+                pieces = _write_pieces(con, log, numbers, usable, parts, work)
+                written = total([written_in(piece) for part in pieces for piece in part])
+                _check_read(written.read, usable)
+                if parts is None:
+                    put_together(pieces[0], folder.path)
+                    write_category_groups(folder.path, written.category_groups)
+            with clock("describe", "writing users, items and categories"):
+                whole = work if parts else folder.path
+                item_fields = _write_items(whole, item_rows, catalog, item_features)
+                people_rows = _people(con, numbers, people, written.users)
+                profile_fields = _write_users(whole, people_rows, people, profile)
+            report = IngestReport(
+                **_rows_lost(con, log, numbers, losses, catalog, people),
+                **_counts(written),
+                users=len(written.users),
+                items=item_rows.num_rows,
+                categories=len(written.category_groups),
+                time_unit=log.unit,
+                behaviors=log.behaviors,
+                **_columns(inputs, item_fields, profile_fields),
+            )
+            folder.made_from.update(made_from or {})
+            folder.facts.update(facts or {}, **_facts(report, profile_fields, item_fields))
+            if parts:
+                with clock("cut", f"writing {parts.count:,} parts by {parts.by}"):
+                    np.save(work / PRESENT, written.users)
+                    recipe = Recipe(parts, pieces, folder.path, work, folder.facts, folder.made_from)
+                    con.each(partial(write_part, recipe), parts.count)
+                    report = replace(report, parts=write_list(folder, parts))
         clock.say("hashing and syncing the files")
     report.seconds.update(clock.seconds())
     return report
@@ -193,12 +216,12 @@ def read_events(
     `ingest` gives the item), `timestamp` (int64 seconds) and `behavior` (null where none was given), sorted
     by (timestamp, user, item, behavior). The whole table is held in memory.
     """
-    with tempfile.TemporaryDirectory() as folder, engine(Path(folder) / "work", memory_limit, threads) as con:
-        inputs = _open(con, (events, items, None), (columns, item_columns, None), Path(folder) / "work")
-        log = judge(con, inputs.events, inputs.types, time_unit)
-        catalog = _one_row_each(con, inputs.items, ITEM, inputs.types) if inputs.items else None
+    with tempfile.TemporaryDirectory() as folder, DuckDB().opened(Path(folder), memory_limit, threads) as con:
+        inputs = _open(con, (events, items, None), (columns, item_columns, None), Path(folder))
+        log = judge(inputs.events, inputs.types, time_unit)
+        catalog = _one_row_each(inputs.items, ITEM, inputs.types) if inputs.items else None
         numbers = _number(con, log, catalog)
-        _check(_losses(inputs, log, numbers), max_rejected)
+        _check(con, _losses(inputs, log, numbers), max_rejected)
         rows = log.kept.join(numbers.items.select(ITEM, usual=CATEGORY), ITEM)
         said = [rows[CATEGORY], rows.usual]
         if catalog is not None and CATEGORY in catalog.table.columns:
@@ -206,7 +229,7 @@ def read_events(
             rows = rows.left_join(given, [(ITEM, "item_given")])
             said = [rows.given, rows[CATEGORY], rows.usual]
         rows = rows.mutate(**{CATEGORY: ibis.coalesce(*said)})
-        return _fetch(con, rows.select(*EVENT_COLUMNS).order_by([TIME, USER, ITEM, BEHAVIOR]))
+        return con.fetch(rows.select(*EVENT_COLUMNS).order_by([TIME, USER, ITEM, BEHAVIOR]))
 
 
 def read_table(given: Any, role: str, columns: Mapping[str, str] | None = None) -> pa.Table:
@@ -222,13 +245,13 @@ def read_counted(
     Raises `EventsError` when the share of unusable ones is above `max_rejected`, where one is given.
     """
     key = {"items": ITEM, "users": USER}[role]
-    with tempfile.TemporaryDirectory() as folder, engine(Path(folder) / "work", None, None) as con:
-        source = read(con, given, role, columns, Path(folder) / "work")
+    with tempfile.TemporaryDirectory() as folder, DuckDB().opened(Path(folder), None, None) as con:
+        source = read(con, given, role, columns, Path(folder))
         types = {column: key_type(column, [source]) for column in (key, CATEGORY)}
-        each, loss = _one_row_each(con, source, key, types), _loss_of_key(source, key, types[key])
+        each, loss = _one_row_each(source, key, types), _loss_of_key(source, key, types[key])
         if max_rejected is not None:
-            _check([loss], max_rejected)
-        return _fetch(con, each.table.order_by(key)), {"read": loss.read, **loss.reasons, **each.counts}
+            _check(con, [loss], max_rejected)
+        return con.fetch(each.table.order_by(key)), {"read": loss.read, **loss.reasons, **each.counts}
 
 
 class _Clock:
@@ -263,7 +286,7 @@ class _Inputs:
     types: dict[str, str]  # of user_id, item_id and category_id: "int64" or "string"
 
 
-def _open(con: Any, given: Sequence[Any], maps: Sequence[Mapping[str, str] | None], work: Path) -> _Inputs:
+def _open(con: Engine, given: Sequence[Any], maps: Sequence[Mapping[str, str] | None], work: Path) -> _Inputs:
     events, items, users = (
         None if one is None else read(con, one, role, mapping, work)
         for one, role, mapping in zip(given, ("events", "items", "users"), maps, strict=True)
@@ -289,32 +312,36 @@ class _Each:
     counts: dict[str, int]
 
 
-def _one_row_each(con: Any, source: Source, key: str, types: Mapping[str, str]) -> _Each:
+def _one_row_each(source: Source, key: str, types: Mapping[str, str]) -> _Each:
     """Of the rows of an id the most frequent one, then the smallest; rows with a category go first."""
-    keys = [key, CATEGORY] if key == ITEM else [key]
+    con, keys = source.con, [key, CATEGORY] if key == ITEM else [key]
     others = [column for column in source.kinds if column not in keys]
     rows = source.table.select(
         **{column: as_key(source, column, types[column]) for column in keys},
         **{column: as_feature(source, column) for column in others},
     )
-    rows = keep(con, rows.filter(rows[key].notnull()))
-    if _number_of(rows.count()) == _number_of(rows[key].nunique()):  # the usual file
+    rows = con.keep(rows.filter(rows[key].notnull()))
+    found = _row(con, rows.aggregate(rows=rows.count(), ids=rows[key].nunique()))
+    if found["rows"] == found["ids"]:  # the usual file
         return _Each(rows, tuple(others), {"duplicate": 0, "conflicting": 0})
-    distinct = keep(con, rows.group_by(list(rows.columns)).agg(**{_COPIES: rows.count()}))
+    distinct = con.keep(rows.group_by(list(rows.columns)).agg(**{_COPIES: rows.count()}))
     order = [distinct[keys[-1]].isnull(), ibis.desc(distinct[_COPIES]), *(distinct[c] for c in rows.columns)]
     ranked = distinct.mutate(rank=ibis.row_number().over(group_by=distinct[key], order_by=order))
-    table = keep(con, ranked.filter(ranked["rank"] == 0).drop("rank", _COPIES))
-    copies, n_distinct, n = (
-        _number_of(distinct[_COPIES].sum().fill_null(0)),
-        _number_of(distinct.count()),
-        _number_of(table.count()),
+    table = con.keep(ranked.filter(ranked["rank"] == 0).drop("rank", _COPIES))
+    copies = _row(
+        con, distinct.aggregate(rows=distinct[_COPIES].sum().fill_null(0), distinct=distinct.count())
     )
-    counts = {"duplicate": copies - n_distinct, "conflicting": n_distinct - n}
+    counts = {
+        "duplicate": copies["rows"] - copies["distinct"],
+        "conflicting": copies["distinct"] - count(con, table),
+    }
     return _Each(table, tuple(others), counts)
 
 
-def _number_of(expression: Any) -> int:
-    return int(expression.to_pyarrow().as_py())
+def _row(con: Engine, aggregated: Any) -> dict[str, int]:
+    """The one row of an aggregation of counts."""
+    (row,) = con.fetch(aggregated).to_pylist()
+    return {name: int(value) for name, value in row.items()}
 
 
 # -- numbers for ids
@@ -322,20 +349,21 @@ def _number_of(expression: Any) -> int:
 
 @dataclass(frozen=True)
 class _Numbers:
-    items: Any  # item_id, category_id, item and category (their numbers), and the columns of the items file
-    users: Any  # user_id, user
+    items: Any  # item_id, category_id, their numbers, and the columns of the items file
+    users: Any  # user_id, number, events
+    category_events: Any  # number, events; of those with any
     without_category: int  # events whose item has none
     recategorised: int
 
 
-def _number(con: Any, log: Log, catalog: _Each | None) -> _Numbers:
+def _number(con: Engine, log: Log, catalog: _Each | None) -> _Numbers:
     """Categories and users by sorted id, items by (category, id).
 
     The items file has the say on an item's category; where it is silent the most frequent one among the
     events counts, of equally frequent ones the smallest.
     """
     kept = log.kept
-    votes = keep(con, kept.group_by([ITEM, CATEGORY]).agg(votes=kept.count()))
+    votes = con.keep(kept.group_by([ITEM, CATEGORY]).agg(votes=kept.count()))
     valid = votes.filter(votes[CATEGORY].notnull())
     rank = ibis.row_number().over(group_by=valid[ITEM], order_by=[ibis.desc(valid.votes), valid[CATEGORY]])
     winner = valid.mutate(rank=rank)
@@ -343,12 +371,19 @@ def _number(con: Any, log: Log, catalog: _Each | None) -> _Numbers:
     if catalog is not None:
         items = _with_catalog(items, catalog)
     items = items.filter(items[CATEGORY].notnull())
-    number = ibis.row_number().over(order_by=[items[CATEGORY], items[ITEM]]).cast("int32")
-    category = ibis.dense_rank().over(order_by=items[CATEGORY]).cast("int32")
-    items = keep(con, items.mutate(item=number, category=category))
-    ids = kept.select(USER).distinct()
-    users = keep(con, ids.mutate(user=ibis.row_number().over(order_by=ids[USER]).cast("int32")))
-    return _Numbers(items, users, *_changes(votes, items))
+    category = con.numbered(items.select(CATEGORY).distinct(), [CATEGORY], _CATEGORY)
+    items = con.numbered(items.join(category, CATEGORY), [CATEGORY, ITEM], _ITEM)
+    users = con.numbered(kept.group_by(USER).agg(**{_EVENTS: kept.count()}), [USER], _USER)
+    known = items.select(_CATEGORY, final_item=ITEM, final=CATEGORY)
+    final = votes.left_join(known, [(ITEM, "final_item")])
+    found = final.aggregate(
+        none=final.votes.sum(where=final.final.isnull()).fill_null(0),
+        other=final.votes.sum(where=final[CATEGORY] != final.final).fill_null(0),
+    )
+    changes = _row(con, found)
+    met = final.filter(final.final.notnull())
+    category_events = met.group_by(_CATEGORY).agg(**{_EVENTS: met.votes.sum()})
+    return _Numbers(items, users, category_events, changes["none"], changes["other"])
 
 
 def _with_catalog(items: Any, catalog: _Each) -> Any:
@@ -360,20 +395,6 @@ def _with_catalog(items: Any, catalog: _Each) -> Any:
             **{name: both[name] for name in catalog.others},
         }
     )
-
-
-def _changes(votes: Any, items: Any) -> tuple[int, int]:
-    """Events whose item has no category, and events whose category is not the one of their item."""
-    final = votes.left_join(items.select(ITEM, final=items[CATEGORY]), ITEM)
-    (row,) = (
-        final.aggregate(
-            none=final.votes.sum(where=final.final.isnull()).fill_null(0),
-            other=final.votes.sum(where=final[CATEGORY] != final.final).fill_null(0),
-        )
-        .to_pyarrow()
-        .to_pylist()
-    )
-    return int(row["none"]), int(row["other"])
 
 
 # -- rejected rows
@@ -408,22 +429,22 @@ def _losses(inputs: _Inputs, log: Log, numbers: _Numbers) -> list[_Loss]:
 
 
 def _loss_of_key(source: Source, key: str, dtype: str) -> _Loss:
-    reason, value = f"no {key}", as_key(source, key, dtype)
+    con, reason, value = source.con, f"no {key}", as_key(source, key, dtype)
     rows = source.table.mutate(
-        reason=ibis.literal(reason), **{f"given_{key}": source.table[key].cast("string")}
+        reason=ibis.literal(reason), **{f"given_{key}": con.as_text(source.table[key])}
     )
-    broken = 0 if source.broken is None else _number_of(source.broken.count())
-    found = {reason: _number_of(value.isnull().sum().fill_null(0)), BROKEN: broken}
-    reasons = {why: n for why, n in found.items() if n}
-    read = _number_of(source.table.count()) + broken
-    return _Loss(source.role, read, reasons, located(source, rows.filter(value.isnull())))
+    broken = 0 if source.broken is None else count(con, source.broken)
+    counts = source.table.aggregate(rows=source.table.count(), none=value.isnull().sum().fill_null(0))
+    found = _row(con, counts)
+    reasons = {why: n for why, n in {reason: found["none"], BROKEN: broken}.items() if n}
+    return _Loss(source.role, found["rows"] + broken, reasons, located(source, rows.filter(value.isnull())))
 
 
-def _check(losses: Iterable[_Loss], max_rejected: float) -> None:
+def _check(con: Engine, losses: Iterable[_Loss], max_rejected: float) -> None:
     for loss in losses:
         if loss.rows <= max_rejected * loss.read and (loss.rows < loss.read or not loss.read):
             continue
-        first = loss.table.order_by(["file", "row"]).limit(SHOWN).to_pyarrow().to_pylist()
+        first = con.fetch(loss.table.order_by(["file", "row"]).limit(SHOWN)).to_pylist()
         reasons = ", ".join(f"{n:,} {why}" for why, n in sorted(loss.reasons.items()))
         raise EventsError(
             f"{loss.rows:,} of {loss.read:,} rows of the {loss.role} cannot be used ({reasons}), such as\n"
@@ -437,184 +458,92 @@ def _told(row: Mapping[str, Any]) -> str:
     return f"{Path(row['file']).name} row {row['row']}: {row['reason']} ({row['line'] or keys})"
 
 
-def _write_rejected(con: Any, losses: Sequence[_Loss], file: Path) -> None:
+def _write_rejected(con: Engine, losses: Sequence[_Loss], file: Path) -> None:
     lossy = [loss.table for loss in losses if loss.rows]
     if not lossy:
         pq.write_table(REJECTED.empty_table(), file)
         return
     table = lossy[0] if len(lossy) == 1 else ibis.union(*lossy)
-    con.to_parquet(table.order_by(["file", "row"]), file)
+    with pq.ParquetWriter(file, REJECTED) as out:
+        for some in _of_one_size(con.batches(table.order_by(["file", "row"]))):
+            out.write_table(some.cast(REJECTED))
+
+
+def _of_one_size(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The same rows in groups that do not depend on how an engine cuts them, for the same bytes."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        while sum(map(len, held)) >= _REJECTED_AT_ONCE:
+            table = pa.Table.from_batches(held).combine_chunks()
+            yield table.slice(0, _REJECTED_AT_ONCE)
+            held = table.slice(_REJECTED_AT_ONCE).to_batches()
+    if held:
+        yield pa.Table.from_batches(held).combine_chunks()
 
 
 # -- events
 
 
-def _sorted_events(con: Any, log: Log, numbers: _Numbers) -> pa.RecordBatchReader:
-    """user, item, time, behavior as numbers, in the order of the store; duplicates are still in it."""
-    items = numbers.items.select(ITEM, "item", "category")
-    rows = log.kept.drop(CATEGORY).join(items, ITEM).join(numbers.users, USER)
+def _write_pieces(
+    con: Engine, log: Log, numbers: _Numbers, usable: int, parts: Parts | None, work: Path
+) -> tuple[tuple[Path, ...], ...]:
+    """Sort the events into pieces: of each part (or of the one store) the folders of its pieces."""
+    of_users, of_items, each, n = _cut(con, numbers, usable, parts)
+    items = numbers.items.select(ITEM, item=_ITEM, category=_CATEGORY, **of_items)
+    users = numbers.users.select(USER, user=_USER, **of_users)
+    rows = log.kept.drop(CATEGORY).join(items, ITEM).join(users, USER)
     if len(log.behaviors) > 1:
-        kinds = pa.table({"kind": log.behaviors, "code": pa.array(range(len(log.behaviors)), pa.uint8())})
-        con.con.register("behavior_kinds", kinds)
-        kind = con.table("behavior_kinds")
+        kind = con.memory(
+            pa.table({"kind": log.behaviors, "code": pa.array(range(len(log.behaviors)), pa.uint8())})
+        )
         rows = rows.mutate(kind=rows[BEHAVIOR].fill_null("")).join(kind, "kind")
     else:
-        rows = rows.mutate(code=ibis.literal(0, "uint8"))
-    rows = rows.select("user", "category", "item", time=rows[TIME], behavior=rows.code)
-    return _stream(con, rows.order_by(["user", "category", "time", "item", "behavior"]))
-
-
-def _stream(con: Any, expression: Any) -> pa.RecordBatchReader:
-    """Ibis's own `to_pyarrow_batches` holds the whole result, and its newest release lags behind DuckDB 2."""
-    return pa.RecordBatchReader.from_stream(con.con.sql(con.compile(expression)))
-
-
-def _fetch(con: Any, expression: Any) -> pa.Table:
-    return _stream(con, expression).read_all()
-
-
-def _whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, np.ndarray]]:
-    """The same rows cut only between users, so that what concerns one user is done in one place.
-
-    Holds a batch and the longest life.
-    """
-    held: list[dict[str, np.ndarray]] = []
-    for batch in batches:
-        rows = {name: batch[name].to_numpy() for name in ("user", "item", "time", "behavior")}
-        if not batch.num_rows:
-            continue
-        cut = int(np.searchsorted(rows["user"], rows["user"][-1]))
-        if cut == 0 and (not held or held[-1]["user"][-1] == rows["user"][0]):
-            held.append(rows)
-            continue
-        yield _joined([*held, {name: column[:cut] for name, column in rows.items()}])
-        held = [{name: column[cut:] for name, column in rows.items()}]
-    if held:
-        yield _joined(held)
-
-
-def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-class _Column:
-    """A one-dimensional .npy file that grows: its header has room for any length."""
-
-    def __init__(self, folder: Folder, name: str, dtype: type) -> None:
-        self._stream = (folder.path / f"{name}.npy").open("wb")
-        self._dtype = np.dtype(dtype)
-        self._length = 0
-        self._write_header()
-
-    def append(self, values: np.ndarray | Sequence[int]) -> None:
-        values = np.asarray(values, dtype=self._dtype)
-        self._stream.write(values.data)
-        self._length += len(values)
-
-    def close(self) -> None:
-        self._stream.seek(0)
-        self._write_header()
-        self._stream.close()
-
-    def _write_header(self) -> None:
-        shape = {"shape": (self._length,), "fortran_order": False, "descr": self._dtype.str}
-        np.lib.format.write_array_header_1_0(self._stream, shape)
-
-
-@dataclass(frozen=True)
-class _Written:
-    counts: dict[str, Any]
-    users: np.ndarray  # numbers, among all users of the log, of those with an event in the store
-    category_groups: np.ndarray  # [C] groups of each category
-
-
-def _write_events(
-    folder: Folder, blocks: Iterable[dict[str, np.ndarray]], item_category: np.ndarray, wide: bool
-) -> _Written:
-    """All arrays whose length is that of the events or of the groups; `wide` event rows need 64 bits."""
-    row = np.int64 if wide else np.int32
-    dtypes = {"event_item": np.int32, "event_time": np.int64, "event_behavior": np.uint8}
-    dtypes |= {"group_category": np.int32, "group_start": np.int64, "user_group": np.int64}
-    dtypes |= {"time_order": row, "time_position": row}
-    with ExitStack() as files:
-        columns = {n: files.enter_context(closing(_Column(folder, n, dtype))) for n, dtype in dtypes.items()}
-        return _append_all(columns, blocks, item_category)
-
-
-def _append_all(
-    columns: Mapping[str, _Column], blocks: Iterable[dict[str, np.ndarray]], item_category: np.ndarray
-) -> _Written:
-    category_groups = np.zeros(int(item_category[-1]) + 1, dtype=np.int64)
-    read = rows = groups = 0
-    first, last, users = np.inf, -np.inf, []
-    for block in blocks:
-        read += len(block["user"])
-        part = _arranged(_without_duplicates(block), item_category)
-        users.append(part.pop("user"))
-        for name in ("group_start", "time_order", "time_position"):
-            part[name] += rows
-        part["user_group"] += groups
-        for name, values in part.items():
-            columns[name].append(values)
-        category_groups += np.bincount(part["group_category"], minlength=len(category_groups))
-        first, last = min(first, part["event_time"].min()), max(last, part["event_time"].max())
-        rows, groups = rows + len(part["event_item"]), groups + len(part["group_category"])
-    columns["group_start"].append([rows])
-    columns["user_group"].append([groups])
-    counts = {"kept": rows, "duplicates": read - rows, "groups": groups}
-    counts |= {"first_time": int(first), "last_time": int(last)}
-    return _Written(counts, np.concatenate(users), category_groups)
-
-
-def _without_duplicates(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Equal events lie next to each other in the order of the store."""
-    fresh = np.ones(len(block["user"]), dtype=bool)
-    fresh[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in block.values()])
-    return {name: column[fresh] for name, column in block.items()}
-
-
-def _arranged(block: dict[str, np.ndarray], item_category: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of the store for some whole users, rows and groups counted from 0; `user` has each once."""
-    user, category = block["user"], item_category[block["item"]]
-    new_user = np.ones(len(user), dtype=bool)
-    new_user[1:] = user[1:] != user[:-1]
-    new_group = new_user.copy()
-    new_group[1:] |= category[1:] != category[:-1]
-    group_start, user_start = np.flatnonzero(new_group), np.flatnonzero(new_user)
-    order = np.argsort(user.astype(np.int64) * LATEST + block["time"], kind="stable")  # below 2^63
-    position = np.empty_like(order)
-    position[order] = np.arange(len(order))
-    return {
-        "user": user[user_start],
-        "event_item": block["item"],
-        "event_time": block["time"],
-        "event_behavior": block["behavior"],
-        "group_category": category[group_start],
-        "group_start": group_start,
-        "user_group": np.searchsorted(group_start, user_start),
-        "time_order": order,
-        "time_position": position,
-    }
-
-
-def _write_category_groups(folder: Folder, category_groups: np.ndarray) -> None:
-    """A counting sort of the groups by category, some millions at a time; groups of one stay in order."""
-    start = np.concatenate([[0], np.cumsum(category_groups)])
-    folder.save_array("category_group_start", start)
-    category = np.load(folder.path / "group_category.npy", mmap_mode="r")
-    dtype = np.int32 if len(category) < 1 << 31 else np.int64
-    out = np.lib.format.open_memmap(
-        folder.path / "category_group.npy", mode="w+", dtype=dtype, shape=(len(category),)
+        rows = rows.mutate(code=ibis.literal(0, "int8"))
+    piece = {PIECE: sum((rows[name] for name in (*of_items, *of_users)), start=ibis.literal(0, "int32"))}
+    rows = rows.select(
+        "user", "category", "item", time=rows[TIME], behavior=rows.code, **(piece if n * each > 1 else {})
     )
-    free = start[:-1].copy()
-    for base in range(0, len(category), _GROUPS_AT_ONCE):
-        some = np.asarray(category[base : base + _GROUPS_AT_ONCE])
-        order = np.argsort(some, kind="stable")
-        here = np.bincount(some, minlength=len(free))
-        among = np.arange(len(some)) - np.repeat(np.cumsum(here) - here, here)
-        out[free[some[order]] + among] = base + order
-        free += here
-    out.flush()
+    write = partial(write_piece, str(work), log.read >= 1 << 31)
+    con.write_pieces(rows, _ORDER, write, n * each)
+    return tuple(tuple(piece_folder(work, part * each + i) for i in range(each)) for part in range(n))
+
+
+def _cut(
+    con: Engine, numbers: _Numbers, usable: int, parts: Parts | None
+) -> tuple[dict[str, Any], dict[str, Any], int, int]:
+    """What a user and what an item add to the number of a piece, the pieces of each part, and the parts."""
+    n = parts.count if parts else 1
+    each = -(-con.pieces(usable) // n)
+    if n * each == 1:
+        return {}, {}, 1, 1
+    users = numbers.users
+    events = con.fetch(users.order_by(_USER).select(_EVENTS))[_EVENTS].to_numpy()
+    if parts is None or parts.by == "user":
+        each = max(1, min(each, len(events) // n))
+        return {"of_user": _range_of(users[_USER], cuts(events, n * each, "user"), 1)}, {}, each, n
+    each = min(each, len(events))
+    met = con.fetch(numbers.category_events)
+    categories = np.zeros(int(met[_CATEGORY].to_numpy().max()) + 1, dtype=np.int64)
+    categories[met[_CATEGORY].to_numpy()] = met[_EVENTS].to_numpy()
+    of_user = _range_of(users[_USER], cuts(events, each, "user"), 1)
+    of_item = _range_of(numbers.items[_CATEGORY], cuts(categories, n, "category"), each)
+    return {"of_user": of_user}, {"of_item": of_item}, each, n
+
+
+def _range_of(number: Any, bounds: np.ndarray, step: int) -> Any:
+    """0, step, 2 * step ... by the range that a number lies in."""
+    below = [(number < int(end), ibis.literal(i * step, "int32")) for i, end in enumerate(bounds[1:-1])]
+    last = ibis.literal(len(below) * step, "int32")
+    return ibis.cases(*below, else_=last) if below else last
+
+
+def _check_read(read: int, usable: int) -> None:
+    if read != usable:
+        raise EventsError(
+            f"{read:,} events were sorted, {usable:,} had been counted before: the input changed meanwhile. "
+            "Ingest it again when nobody writes to it."
+        )
 
 
 # -- users, items, categories
@@ -668,57 +597,64 @@ def _constant_within(category: np.ndarray, code: np.ndarray) -> bool:
     return bool(np.array_equal(np.minimum.reduceat(code, start), np.maximum.reduceat(code, start)))
 
 
-def _write_items(
-    folder: Folder, rows: pa.Table, catalog: _Each | None, named: Sequence[str] | None
-) -> _Fields:
-    category = rows["category"].to_numpy()
+def _write_items(folder: Path, rows: pa.Table, catalog: _Each | None, named: Sequence[str] | None) -> _Fields:
+    category = rows[_CATEGORY].to_numpy()
     start = np.searchsorted(category, np.arange(int(category[-1]) + 2))
-    folder.save_array("category_start", start.astype(np.int64))
-    _write_arrow(folder, "categories", pa.table({CATEGORY: rows[CATEGORY].take(pa.array(start[:-1]))}))
-    _write_arrow(folder, "items", rows.select([c for c in (ITEM, TITLE) if c in rows.column_names]))
+    np.save(folder / "category_start.npy", start.astype(np.int64))
+    write_arrow(folder, "categories", pa.table({CATEGORY: rows[CATEGORY].take(pa.array(start[:-1]))}))
+    write_arrow(folder, "items", rows.select([c for c in (ITEM, TITLE) if c in rows.column_names]))
     fields = _fields(rows, catalog, named, "items", category)
-    folder.save_array("item_feature", fields.codes)
+    np.save(folder / "item_feature.npy", fields.codes)
     return fields
 
 
-def _people(con: Any, numbers: _Numbers, people: _Each | None, present: np.ndarray) -> pa.Table:
+def _people(con: Engine, numbers: _Numbers, people: _Each | None, present: np.ndarray) -> pa.Table:
     """Users with an event in the store, in order, with the columns of the users file."""
     users = numbers.users if people is None else numbers.users.left_join(people.table, USER)
     columns = [USER, *(people.others if people else ())]
-    rows = _fetch(con, users.order_by("user").select(columns))
+    rows = con.fetch(users.order_by(_USER).select(columns))
     return rows if len(present) == rows.num_rows else rows.take(pa.array(present))
 
 
-def _write_users(
-    folder: Folder, rows: pa.Table, people: _Each | None, named: Sequence[str] | None
-) -> _Fields:
-    _write_arrow(folder, "users", rows.select([USER]))
+def _write_users(folder: Path, rows: pa.Table, people: _Each | None, named: Sequence[str] | None) -> _Fields:
+    write_arrow(folder, "users", rows.select([USER]))
     fields = _fields(rows, people, named, "users", None)
-    folder.save_array("profile", fields.codes)
+    np.save(folder / "profile.npy", fields.codes)
     return fields
-
-
-def _write_arrow(folder: Folder, name: str, table: pa.Table) -> None:
-    """One batch, so that the whole column is mapped as it lies; large strings may pass 2 GiB."""
-    columns = {
-        column: table[column].cast(pa.large_string())
-        if pa.types.is_string(table[column].type)
-        else table[column]
-        for column in table.column_names
-    }
-    table = pa.table(columns).combine_chunks()
-    with (
-        pa.OSFile(str(folder.path / f"{name}.arrow"), "wb") as file,
-        pa.ipc.new_file(file, table.schema) as out,
-    ):
-        out.write_table(table)
 
 
 # -- the report
 
 
+def _counts(written: Written) -> dict[str, Any]:
+    """Whatever has no event was an error before."""
+    assert written.first_time is not None
+    assert written.last_time is not None
+    counts = {"kept": written.rows, "duplicates": written.read - written.rows, "groups": written.groups}
+    return {**counts, "first_time": written.first_time, "last_time": written.last_time}
+
+
+def _facts(report: IngestReport, profile_fields: _Fields, item_fields: _Fields) -> dict[str, Any]:
+    """What a store must know of the log, and the report, without what differs between two runs."""
+    counts = report.as_dict()
+    del counts["seconds"], counts["parts"]
+    return {
+        "behaviors": list(report.behaviors),
+        "profile_fields": profile_fields.vocabularies,
+        "item_fields": item_fields.vocabularies,
+        "first_time": report.first_time,
+        "last_time": report.last_time,
+        "report": counts,
+    }
+
+
 def _rows_lost(
-    log: Log, numbers: _Numbers, losses: Sequence[_Loss], catalog: _Each | None, people: _Each | None
+    con: Engine,
+    log: Log,
+    numbers: _Numbers,
+    losses: Sequence[_Loss],
+    catalog: _Each | None,
+    people: _Each | None,
 ) -> dict[str, Any]:
     inputs = {loss.role: loss for loss in losses}
     tables = {"items": catalog, "users": people}
@@ -728,7 +664,7 @@ def _rows_lost(
     }
     if catalog is not None:
         orphans = catalog.table.anti_join(numbers.items, ITEM)
-        counts["items"]["without category"] = _number_of(orphans.count())
+        counts["items"]["without category"] = count(con, orphans)
     return {
         "read": log.read,
         "rejected": losses[0].reasons,

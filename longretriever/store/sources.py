@@ -1,6 +1,6 @@
 """Which rows do the input files hold, and which of them can be used?
 
-DuckDB reads the files, Ibis expressions judge the rows. Text files are read as text, so that a broken row
+The engine reads the files, Ibis expressions judge the rows. Text files are read as text, so that a broken row
 is a row with a reason and never a guess; what a column of text means (integers, "17850.0" for 17850,
 dates) is decided over the whole column, because a sample of its first rows would miss the odd one.
 
@@ -18,13 +18,11 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import ibis
 import numpy as np
 import pyarrow as pa
@@ -45,22 +43,18 @@ from longretriever.events import (
     USER,
     unit_of,
 )
-
-FILE, AT = "file#", "row#"
-"""Where a row came from; `AT` ascends within a file, and `located` turns it into the number of the row."""
+from longretriever.store.engine import AT, BROKEN, FILE, Engine
 
 EVENT_COLUMNS = (USER, ITEM, CATEGORY, TIME, BEHAVIOR)
 REQUIRED = {"events": REQUIRED_EVENT_COLUMNS, "items": (ITEM,), "users": (USER,)}
 OPTION = {"events": "--column", "items": "--item-column", "users": "--user-column"}
 UNIT_NAMES = {SECONDS: "seconds", MILLISECONDS: "milliseconds"}
-BROKEN = "broken row"
 SHOWN = 5  # examples in an error
 
 _EXTENSIONS = (".parquet", ".pq", ".csv", ".tsv", ".txt")
 _RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # `user_id:token` of an atomic file is user_id
-_WHOLE = r"^(0|-?[1-9][0-9]{0,17})(\.0*)?$"
-_NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
-_UTC = "timestamp('UTC')"  # a cast to it heeds "+02:00", one to a plain timestamp would not
+_WHOLE = r"^(0|-?[1-9][0-9]{0,17})(\.0*)?\z"
+_NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?\z"
 _LONGEST_HEADER = 1 << 20  # bytes: a file that is no text may have no end of line
 _names = (f"longretriever_{n}" for n in itertools.count())
 
@@ -69,6 +63,7 @@ _names = (f"longretriever_{n}" for n in itertools.count())
 class Source:
     """One input. `kinds` says what each column holds, in the words of `_kind_of` and `_kinds_of_text`."""
 
+    con: Engine
     role: str  # "events", "items" or "users"
     table: Any  # our columns, FILE, AT
     kinds: dict[str, str]
@@ -99,49 +94,10 @@ class Log:
         return rows.select(*EVENT_COLUMNS)
 
 
-@contextmanager
-def engine(work: Path, memory_limit: str | None, threads: int | None) -> Iterator[Any]:
-    """An Ibis connection to an empty DuckDB that spills into `work`, which is removed afterwards."""
-    given = {"memory_limit": memory_limit, "threads": threads}
-    options = {name: value for name, value in given.items() if value is not None}
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        con = ibis.duckdb.connect(temp_directory=str(work), autoinstall_known_extensions=False, **options)
-    except duckdb.Error as error:
-        raise InputError(f"{options}: {_first_line(error)}. Pass a memory limit such as 2GB.") from error
-    try:
-        yield con
-    except duckdb.OutOfMemoryException as error:
-        raise InputError(
-            f"{memory_limit or 'the memory of this machine'} is too little for this log "
-            f"({_first_line(error)}). Pass --memory-limit with more, or --threads with fewer."
-        ) from error
-    except (duckdb.BinderException, duckdb.ParserException, duckdb.CatalogException):
-        raise  # a fault of ours
-    except duckdb.Error as error:
-        raise EventsError(
-            f"the input cannot be read or sorted ({_first_line(error)}). "
-            "Restore a damaged file, or leave it out; if the disk is full, make room beside the output."
-        ) from error
-    finally:
-        con.disconnect()
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def keep(con: Any, expression: Any) -> Any:
-    """The result of an expression as a table of the engine, so that it is computed once."""
-    return con.create_table(next(_names), expression, temp=True)
-
-
-def named(con: Any, expression: Any) -> Any:
-    """The same expression as a view of the engine, so that it is compiled once; it is computed where used."""
-    return con.create_view(next(_names), expression)
-
-
 # -- reading
 
 
-def read(con: Any, given: Any, role: str, mapping: Mapping[str, str] | None, work: Path) -> Source:
+def read(con: Engine, given: Any, role: str, mapping: Mapping[str, str] | None, work: Path) -> Source:
     """Open an input: a path, a folder, a glob, several of them, or a table that Arrow can read.
 
     `mapping` goes from our column names to those of the input. Raises `EventsError` when there is no such
@@ -153,12 +109,12 @@ def read(con: Any, given: Any, role: str, mapping: Mapping[str, str] | None, wor
         parts = _parts_of_files(con, _files(given, role, work), role, mapping or {})
     else:
         parts = [_part_in_memory(con, given, role, mapping or {})]
-    table, kinds, text = _one_table(parts)
+    table, kinds, text = _one_table(con, parts)
     keys = {USER, ITEM, CATEGORY} if role == "events" else set(kinds)
-    kinds |= _kinds_of_text(table, sorted(text & keys))
+    kinds |= _kinds_of_text(con, table, sorted(text & keys))
     broken = [part.broken for part in parts if part.broken is not None]
     unused = sorted({name for part in parts for name in part.unused})
-    return Source(role, table, kinds, frozenset(text), _union(broken) if broken else None, tuple(unused))
+    return Source(con, role, table, kinds, frozenset(text), _union(broken) if broken else None, tuple(unused))
 
 
 @dataclass(frozen=True)
@@ -223,7 +179,7 @@ def _start(file: Path) -> bytes:
         raise EventsError(f"{file}: not a whole gzip file ({error}). Restore it, or leave it out.") from error
 
 
-def _parts_of_files(con: Any, files: Sequence[Path], role: str, mapping: Mapping[str, str]) -> list[_Part]:
+def _parts_of_files(con: Engine, files: Sequence[Path], role: str, mapping: Mapping[str, str]) -> list[_Part]:
     """One part for all files that have the same columns in the same order."""
     parquet: dict[str, list[Path]] = {}
     text: dict[tuple[str, ...], list[Path]] = {}
@@ -248,12 +204,12 @@ def _parquet_schema(file: Path) -> str:
         ) from error
 
 
-def _part_of_parquet(con: Any, files: list[Path], role: str, mapping: Mapping[str, str]) -> _Part:
-    table = con.read_parquet([str(f) for f in files], filename=FILE, file_row_number=True)
-    names = [name for name in table.columns if name not in (FILE, "file_row_number")]
+def _part_of_parquet(con: Engine, files: list[Path], role: str, mapping: Mapping[str, str]) -> _Part:
+    table = con.parquet(files)
+    names = [name for name in table.columns if name not in (FILE, AT)]
     chosen = _chosen(names, mapping, role, files[0].name)
-    at = {FILE: table[FILE], AT: table.file_row_number.cast("int64") + 1}
-    return _Part(table.select(**_take(table, chosen), **at), False, _left(names, chosen))
+    taken = {ours: table[theirs] for ours, theirs in chosen.items()}
+    return _Part(table.select(FILE, AT, **taken), False, _left(names, chosen))
 
 
 def _header(file: Path) -> tuple[str, ...]:
@@ -270,38 +226,16 @@ def _header(file: Path) -> tuple[str, ...]:
 
 
 def _part_of_text(
-    con: Any, files: list[Path], delimiter: str, names: list[str], role: str, mapping: Mapping[str, str]
+    con: Engine, files: list[Path], delimiter: str, names: list[str], role: str, mapping: Mapping[str, str]
 ) -> _Part:
-    """Staged as a table, so that parsing is paid for once; the position in it says which row it was."""
     if len(set(names)) < len(names):
         raise EventsError(f"{files[0].name}: two columns of one name among {names}. Rename one of them.")
     chosen = _chosen(names, mapping, role, files[0].name)
-    errors, scans = next(_names), next(_names)
-    table = con.read_csv(
-        [str(f) for f in files],
-        columns=dict.fromkeys(names, "VARCHAR"),
-        header=True,
-        delim=delimiter,
-        quote='"',
-        escape='"',
-        filename=FILE,
-        store_rejects=True,
-        rejects_table=errors,
-        rejects_scan=scans,
-    )
-    staged = keep(con, table.select(**_take(table, chosen), **{FILE: table[FILE]}))
-    broken = next(_names)
-    con.raw_sql(f"""
-        CREATE TEMP TABLE {broken} AS
-        SELECT file_path AS "{FILE}", CAST(line - 1 AS BIGINT) AS row,
-               '{BROKEN}: ' || min(split_part(error_message, chr(10), 1)) AS reason, min(csv_line) AS line
-        FROM {errors} JOIN {scans} USING (scan_id, file_id) GROUP BY ALL
-    """)
-    at = {AT: staged.rowid().cast("int64")}
-    return _Part(staged.select(*staged.columns, **at), True, _left(names, chosen), con.table(broken))
+    table, broken = con.text(files, delimiter, names, chosen)
+    return _Part(table, True, _left(names, chosen), broken)
 
 
-def _part_in_memory(con: Any, given: Any, role: str, mapping: Mapping[str, str]) -> _Part:
+def _part_in_memory(con: Engine, given: Any, role: str, mapping: Mapping[str, str]) -> _Part:
     try:
         rows = pa.table(given)
     except (TypeError, ValueError, pa.ArrowException) as error:
@@ -311,9 +245,7 @@ def _part_in_memory(con: Any, given: Any, role: str, mapping: Mapping[str, str])
     chosen = _chosen(rows.column_names, mapping, role, role)
     columns = {ours: _decoded(rows[theirs]) for ours, theirs in chosen.items()}
     at = pa.array(np.arange(1, rows.num_rows + 1))
-    name = next(_names)
-    con.con.register(name, pa.table({**columns, AT: at}))
-    table = con.table(name)
+    table = con.memory(pa.table({**columns, AT: at}))
     return _Part(table.mutate(**{FILE: ibis.literal(role)}), False, _left(rows.column_names, chosen))
 
 
@@ -346,10 +278,6 @@ def _chosen(names: Sequence[str], mapping: Mapping[str, str], role: str, where: 
     return chosen
 
 
-def _take(table: Any, chosen: Mapping[str, str]) -> dict[str, Any]:
-    return {ours: table[theirs] for ours, theirs in chosen.items()}
-
-
 def _left(names: Sequence[str], chosen: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in chosen.values())
 
@@ -357,7 +285,7 @@ def _left(names: Sequence[str], chosen: Mapping[str, str]) -> tuple[str, ...]:
 # -- what a column holds
 
 
-def _one_table(parts: Sequence[_Part]) -> tuple[Any, dict[str, str], set[str]]:
+def _one_table(con: Engine, parts: Sequence[_Part]) -> tuple[Any, dict[str, str], set[str]]:
     """The parts below each other; a column that differs in kind between them is read as text."""
     columns = sorted({name for part in parts for name in part.table.columns} - {FILE, AT})
     kinds, text = {}, set()
@@ -368,7 +296,9 @@ def _one_table(parts: Sequence[_Part]) -> tuple[Any, dict[str, str], set[str]]:
             kinds[name] = "string"
             text.add(name)
     tables = [
-        part.table.select(FILE, AT, **{name: _as_kind(part.table, name, kinds[name]) for name in columns})
+        part.table.select(
+            FILE, AT, **{name: _as_kind(con, part.table, name, kinds[name]) for name in columns}
+        )
         for part in parts
     ]
     return _union(tables), kinds, text
@@ -388,13 +318,15 @@ def _kind_of(dtype: Any) -> str:
     return next((kind for kind, holds in tests.items() if holds), "other")
 
 
-def _as_kind(table: Any, name: str, kind: str) -> Any:
+def _as_kind(con: Engine, table: Any, name: str, kind: str) -> Any:
     types = {"integer": "int64", "float": "float64", "time": "timestamp", "boolean": "boolean"}
     dtype = types.get(kind, "string")
-    return table[name].cast(dtype) if name in table.columns else ibis.null(dtype)
+    if name not in table.columns:
+        return ibis.null(dtype)
+    return con.as_text(table[name]) if dtype == "string" else table[name].cast(dtype)
 
 
-def _kinds_of_text(table: Any, columns: Sequence[str]) -> dict[str, str]:
+def _kinds_of_text(con: Engine, table: Any, columns: Sequence[str]) -> dict[str, str]:
     """Of each column of text: "integer", "whole" (17850.0), "number", "string"; "empty" without values.
 
     An integer must be written as one: "007" and "+7" are strings, for they would not come back the same.
@@ -411,7 +343,7 @@ def _kinds_of_text(table: Any, columns: Sequence[str]) -> dict[str, str]:
         tests[f"{n} whole"] = whole.all()
         tests[f"{n} number"] = value.re_search(_NUMBER).all()
         tests[f"{n} filled"] = value.notnull().any()
-    (found,) = table.aggregate(**tests).to_pyarrow().to_pylist()
+    (found,) = con.fetch(table.aggregate(**tests)).to_pylist()
     kinds = {}
     for n, name in enumerate(columns):
         named = [kind for kind in ("integer", "whole", "number") if found[f"{n} {kind}"]]
@@ -436,8 +368,8 @@ def key_type(column: str, sources: Sequence[Source]) -> str:
         return "string"
     for source in strings:
         ids = source.table[column].cast("string").nullif("")
-        odd = source.table.filter(ids.notnull() & ids.try_cast("int64").isnull())
-        for row in odd.select(column).limit(1).to_pyarrow().to_pylist():
+        odd = source.table.filter(ids.notnull() & source.con.integer(ids).isnull())
+        for row in source.con.fetch(odd.select(column).limit(1)).to_pylist():
             raise EventsError(
                 f"{source.role}: {column} {row[column]!r} is not an integer, the ids of {first.role} are. "
                 f"Give both the same type, or name another column with {OPTION[source.role]} {column}=NAME."
@@ -453,10 +385,12 @@ def as_key(source: Source, column: str, dtype: str) -> Any:
     if kind == "float":
         fits = (value > -9.0e15) & (value < 9.0e15) & (value % 1 == 0)
         whole = ibis.ifelse(fits, value, ibis.null("float64")).try_cast("int64")
-        return whole if dtype == "int64" else ibis.coalesce(whole.cast("string"), value.cast("string"))
+        return whole if dtype == "int64" else ibis.coalesce(whole.cast("string"), source.con.as_text(value))
     if dtype == "int64":
-        return value if kind == "integer" and column not in source.text else value.try_cast("int64")
-    return (value.try_cast("int64") if kind == "whole" else value).cast("string").nullif("")
+        if kind == "integer":
+            return value.try_cast("int64") if column in source.text else value
+        return source.con.integer(value.cast("string"))
+    return (source.con.integer(value) if kind == "whole" else value).cast("string").nullif("")
 
 
 def as_feature(source: Source, column: str) -> Any:
@@ -464,14 +398,16 @@ def as_feature(source: Source, column: str) -> Any:
     value, kind = source.table[column], source.kinds[column]
     if column in source.text:
         value = value.nullif("")
-        return value.try_cast({"integer": "int64", "whole": "int64", "number": "float64"}.get(kind, "string"))
+        if kind in ("integer", "whole"):
+            return source.con.integer(value)
+        return source.con.number(value) if kind == "number" else value
     return value.nullif("") if kind == "string" else value
 
 
 # -- which events can be used
 
 
-def judge(con: Any, source: Source, types: Mapping[str, str], time_unit: str | None) -> Log:
+def judge(source: Source, types: Mapping[str, str], time_unit: str | None) -> Log:
     """Find the reason, if any, for which each event cannot be used, and what the rest holds.
 
     Two passes over the log: what is in it, then (lazily, where `rows` is used) the rows themselves.
@@ -480,38 +416,38 @@ def judge(con: Any, source: Source, types: Mapping[str, str], time_unit: str | N
     """
     if time_unit not in (None, *UNIT_NAMES):
         raise InputError(f'time_unit={time_unit!r}: expected "s" for seconds or "ms" for milliseconds.')
-    rows = named(con, _parsed(source, types))
-    found = (
+    con, rows = source.con, source.con.named(_parsed(source, types))
+    found = con.fetch(
         rows.mutate(behavior=ibis.ifelse(rows.trouble.isnull(), rows.behavior, ibis.null("string")))
         .group_by("trouble", "unit", "behavior")
         .agg(rows=lambda t: t.count(), low=lambda t: t.number.min(), high=lambda t: t.number.max())
-        .to_pyarrow()
-        .to_pylist()
-    )
+    ).to_pylist()
     unit = _unit(source, rows, found, time_unit)
     other = rows.trouble.isnull() & ~rows.unit.isin(["date", unit])
     reason = ibis.ifelse(other, ibis.literal(f"timestamp is not in {UNIT_NAMES[unit]}"), rows.trouble)
     seconds = rows.number if unit == SECONDS else rows.number // 1_000
     judged = rows.mutate(reason=reason, timestamp=ibis.coalesce(rows.date, seconds)).drop("trouble", "unit")
-    return Log(named(con, judged), *_counts(source, found, unit))
+    return Log(con.named(judged), *_counts(source, found, unit))
 
 
 def _parsed(source: Source, types: Mapping[str, str]) -> Any:
     """Each event with its keys cleaned, its time as a number or a date, and what is wrong with it so far."""
     raw = source.table
     keys = {column: as_key(source, column, types[column]) for column in (USER, ITEM, CATEGORY)}
-    number, date = _numbers_and_dates(raw[TIME], source.kinds[TIME])
+    number, date = _numbers_and_dates(source, raw[TIME])
     unit = ibis.ifelse(number < LATEST, ibis.literal(SECONDS), ibis.literal(MILLISECONDS))
     return raw.select(
         FILE,
         AT,
         **keys,
         **{
-            f"given_{column}": raw[column].cast("string")
+            f"given_{column}": source.con.as_text(raw[column])
             for column in EVENT_COLUMNS[:4]
             if source.has(column)
         },
-        behavior=raw[BEHAVIOR].cast("string").nullif("") if source.has(BEHAVIOR) else ibis.null("string"),
+        behavior=source.con.as_text(raw[BEHAVIOR]).nullif("")
+        if source.has(BEHAVIOR)
+        else ibis.null("string"),
         number=number,
         date=date,
         unit=ibis.ifelse(date.notnull(), ibis.literal("date"), unit),
@@ -519,18 +455,19 @@ def _parsed(source: Source, types: Mapping[str, str]) -> Any:
     )
 
 
-def _numbers_and_dates(value: Any, kind: str) -> tuple[Any, Any]:
+def _numbers_and_dates(source: Source, value: Any) -> tuple[Any, Any]:
     """Times as whole numbers of a unit yet to be found, or as seconds read off a date; null where neither."""
+    kind = source.kinds[TIME]
     if kind == "integer":
         return value, ibis.null("int64")
     if kind == "time":
         return ibis.null("int64"), value.truncate("s").epoch_seconds().cast("int64")
-    number = value if kind == "float" else value.cast("string").try_cast("float64")
+    number = value if kind == "float" else source.con.number(value.cast("string"))
     sane = (number > -9.0e15) & (number < 9.0e15)  # false for NaN and infinities
     number = ibis.ifelse(sane, number, ibis.null("float64")).floor().cast("int64")
     if kind == "float":
         return number, ibis.null("int64")
-    date = value.cast("string").try_cast(_UTC).cast("timestamp").truncate("s").epoch_seconds().cast("int64")
+    date = source.con.seconds(value.cast("string"))
     return number, ibis.ifelse(number.isnull(), date, ibis.null("int64"))
 
 
@@ -550,7 +487,9 @@ def _trouble(source: Source, keys: Mapping[str, Any], number: Any, date: Any) ->
 
 def _is_missing(source: Source, column: str) -> Any:
     value = source.table[column]
-    return value.isnull() | (value == "") if value.type().is_string() else value.isnull()
+    if value.type().is_string():
+        return value.isnull() | (value == "")
+    return (value == value).isnull()  # NaN is there, whatever Ibis makes of it for an engine
 
 
 def _unit(source: Source, rows: Any, found: list[dict[str, Any]], time_unit: str | None) -> str:
@@ -568,8 +507,8 @@ def _where_units_mix(source: Source, rows: Any) -> str:
     firsts = [good.filter(good.unit == unit).order_by([FILE, AT]).limit(1) for unit in UNIT_NAMES]
     marked = [first.mutate(reason=first.unit) for first in firsts]
     table = located(source, ibis.union(*marked))
-    later = table.filter(table.reason.isin(list(UNIT_NAMES))).order_by(["file", "row"]).to_pyarrow()[-1:]
-    (example,) = later.to_pylist()
+    later = table.filter(table.reason.isin(list(UNIT_NAMES))).order_by(["file", "row"])
+    example = source.con.fetch(later).to_pylist()[-1]
     (earlier,) = set(UNIT_NAMES) - {example["reason"]}
     return (
         f"{Path(example['file']).name} row {example['row']}: timestamp {example['timestamp']} is in "
@@ -588,7 +527,7 @@ def _counts(
             units.add(group["unit"])
         else:
             reasons[group["trouble"] or f"timestamp is not in {UNIT_NAMES[unit]}"] += group["rows"]
-    if source.broken is not None and (broken := source.broken.count().to_pyarrow().as_py()):
+    if source.broken is not None and (broken := count(source.con, source.broken)):
         reasons[BROKEN] += broken
     if len(kinds) > MOST_KINDS:
         raise EventsError(
@@ -600,6 +539,11 @@ def _counts(
         raise EventsError("the log holds no events: its files have a header, or a schema, and no row.")
     name = UNIT_NAMES[unit] if unit in units or not units else "dates"
     return read, {reason: n for reason, n in reasons.items() if n}, name, tuple(sorted(kinds))
+
+
+def count(con: Engine, table: Any) -> int:
+    """How many rows a table has."""
+    return int(con.fetch(table.aggregate(rows=table.count()))["rows"][0].as_py())
 
 
 # -- rejected rows
