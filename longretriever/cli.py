@@ -430,7 +430,11 @@ def serve(
     store: Annotated[Path | None, typer.Option(help="A store other than the one trained on.")] = None,
     index: Annotated[Path | None, typer.Option(help="An index other than MODEL/index.")] = None,
     live: Annotated[
-        Path | None, typer.Option(help="File of live events; default live.sqlite beside the model.")
+        str | None,
+        typer.Option(
+            help="Live events: a file, redis://HOST:PORT/0 or redis+cluster://HOST:PORT,...; "
+            "default live.sqlite beside the model."
+        ),
     ] = None,
     clock: Annotated[
         str, typer.Option(help="What now is: wall, or log: just after the newest event, for old logs.")
@@ -475,7 +479,7 @@ def serve(
         model=str(model),
         store=str(store) if store else None,
         index=str(index) if index else None,
-        live=str(live) if live else None,
+        live=live,
         clock=_one_of("--clock", clock, ("wall", "log")),
         host=host,
         port=port,
@@ -964,7 +968,9 @@ AB_ARMS = ("MIND=popular,item-to-item,mind", "LongRetriever=popular,item-to-item
 @app.command()
 def compact(
     store: Annotated[Path, typer.Argument(help="Folder of the store.")],
-    live: Annotated[Path, typer.Option("--live", help="File of live events.")],
+    live: Annotated[
+        str, typer.Option("--live", help="Live events: a file, redis://... or redis+cluster://...")
+    ],
     path: Annotated[
         Path | None, typer.Option("--out", help="Folder of the new store; default: in place of the old one.")
     ] = None,

@@ -10,6 +10,7 @@ LongRetrieverError
 │   ├── NotSaved          there is nothing of the package's own at that path
 │   ├── Damaged           a file is missing, cut off or altered
 │   └── Mismatch          it was made from something other than what it is used with
+├── Unavailable           live events cannot be read or written now; that may pass
 ├── RequestFailed         a server refused a request, or could not be reached
 └── MissingExtra          an optional part is not installed
 
@@ -63,6 +64,10 @@ class Damaged(SavedError):
 
 class Mismatch(SavedError):
     """The folder was made from something other than what it is now used with."""
+
+
+class Unavailable(LongRetrieverError):
+    """Live events cannot be read or written now: their server is gone, full, or being started."""
 
 
 class RequestFailed(LongRetrieverError):

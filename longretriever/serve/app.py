@@ -18,7 +18,14 @@ from starlette.exceptions import HTTPException as StarletteException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from longretriever.errors import InputError, LongRetrieverError, UnknownCategory, UnknownItem, UnknownUser
+from longretriever.errors import (
+    InputError,
+    LongRetrieverError,
+    Unavailable,
+    UnknownCategory,
+    UnknownItem,
+    UnknownUser,
+)
 from longretriever.events import ITEM
 from longretriever.saved import package_version
 from longretriever.serve import inspection, metrics, wire
@@ -27,7 +34,7 @@ from longretriever.serve.door import Busy, Door, Keys, OutOfTime, Workroom
 from longretriever.serve.openapi import described, documented
 from longretriever.serve.serving import Serving, as_id
 from longretriever.serve.settings import Settings
-from longretriever.store.live import Journal
+from longretriever.store.live import LiveJournal, open_journal
 
 log = logging.getLogger("longretriever.serve")
 
@@ -73,12 +80,12 @@ def create(settings: Settings | None = None) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open what is served; at the end finish requests, then commit, then close."""
     settings: Settings = app.state.settings
-    app.state.journal = await asyncio.to_thread(Journal, settings.journal)
+    app.state.journal = await asyncio.to_thread(open_journal, settings.journal, at_once=False)
     app.state.current = await asyncio.to_thread(Current, settings.source, app.state.journal)
     app.state.work = Workroom(settings.threads, settings.queue, settings.seconds)
     watching = asyncio.create_task(app.state.current.watch(settings.watch)) if settings.watch else None
     serving = app.state.current.serving
-    log.info("serving", extra={"facts": {"model": serving.name, "live": str(settings.journal)}})
+    log.info("serving", extra={"facts": {"model": serving.name, "live": app.state.journal.name}})
     yield
     if watching:
         watching.cancel()
@@ -149,6 +156,12 @@ def _refused(request: Request, error: Exception) -> Response:
     return _wrong(error.status_code, str(error.detail), headers=error.headers)
 
 
+def _said(error: Exception) -> str:
+    """To who asks; where the server of live events is, and why it fails, stands in the log."""
+    log.warning("not written", extra={"facts": {"why": str(error)}})
+    return "live events cannot be read or written now; nothing was acknowledged. Send it again."
+
+
 _ERRORS: dict[Any, Callable[[Request, Exception], Response]] = {
     RequestValidationError: _invalid,
     UnknownUser: _unknown,
@@ -156,6 +169,7 @@ _ERRORS: dict[Any, Callable[[Request, Exception], Response]] = {
     UnknownCategory: _unknown,
     InputError: lambda request, error: _wrong(422, str(error)),
     StarletteException: _refused,
+    Unavailable: lambda request, error: _wrong(503, _said(error), headers={"Retry-After": "1"}),
     Busy: lambda request, error: _wrong(503, "too many requests wait.", headers={"Retry-After": "1"}),
     Exception: lambda request, error: _wrong(500, "this server failed; its log says how."),
     OutOfTime: lambda request, error: _wrong(504, "the request took longer than it may."),
@@ -203,6 +217,7 @@ async def retrieve(request: Request, asked: wire.RetrieveAsked) -> Response:
         metrics.stage.labels(name).observe(milliseconds / 1e3)
     if answer.fallback:
         metrics.fallbacks.inc()
+    metrics.without_live.inc(not answer.live)
     return _json(answer)
 
 
@@ -211,12 +226,14 @@ async def retrieve_batch(request: Request, asked: wire.BatchAsked) -> Response:
     settings = request.app.state.settings
     _limited("k", asked.k, settings.k)
     _limited("user_ids", len(asked.user_ids), settings.batch)
-    return _json(await request.app.state.work.long(_serving(request).retrieve_many, asked))
+    found = await request.app.state.work.long(_serving(request).retrieve_many, asked)
+    metrics.without_live.inc(sum(not answer.live for answer in found.answers))
+    return _json(found)
 
 
 async def events(request: Request, sent: wire.EventsSent | wire.EventSent) -> Response:
     """Take note of behaviors: all of them or none; answered once they are on the disk."""
-    journal: Journal = request.app.state.journal
+    journal: LiveJournal = request.app.state.journal
     settings = request.app.state.settings
     one_or_more = sent.events if isinstance(sent, wire.EventsSent) else [sent]
     _limited("events", len(one_or_more), settings.events)
@@ -319,10 +336,13 @@ async def healthz() -> dict[str, str]:
 
 
 async def readyz(request: Request) -> Response:
-    """It answers requests: the model is open and the journal can be read."""
-    serving = _serving(request)
-    await asyncio.to_thread(request.app.state.journal.last)
-    return _json(wire.Ready("ready", serving.name))
+    """It answers requests: the model is open and the journal, if it is a file, can be read.
+
+    Without its Redis it answers from the store alone, and `live` says so.
+    """
+    serving, journal = _serving(request), request.app.state.journal
+    await asyncio.to_thread(journal.of_each, [0])
+    return _json(wire.Ready("ready", serving.name, "unavailable" if journal.trouble() else "ok"))
 
 
 def _page(app: FastAPI) -> None:

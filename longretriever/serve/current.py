@@ -9,7 +9,7 @@ from typing import Any
 from longretriever.errors import LongRetrieverError
 from longretriever.serve import metrics
 from longretriever.serve.serving import Serving, Source
-from longretriever.store.live import Journal
+from longretriever.store.live import LiveJournal
 
 log = logging.getLogger("longretriever.serve")
 
@@ -17,7 +17,7 @@ log = logging.getLogger("longretriever.serve")
 class Current:
     """Holds what is served. `serving` is read without a lock: whoever has it keeps it for its request."""
 
-    def __init__(self, source: Source, journal: Journal) -> None:
+    def __init__(self, source: Source, journal: LiveJournal) -> None:
         """Raises a `SavedError` where there is nothing to serve yet."""
         self._source, self._journal = source, journal
         self.serving = Serving(source, journal)

@@ -19,14 +19,14 @@ _GRACE = 30  # seconds for requests on their way, once it is told to stop
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; then take no new requests, finish those there are, commit."""
     from longretriever.serve.serving import Serving
-    from longretriever.store.live import Journal
+    from longretriever.store.live import open_journal
 
     settings.to_environment()
     shared = Path(tempfile.mkdtemp(prefix="longretriever-workers-")) if settings.workers > 1 else None
     if shared:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared)
         fair.prepare(shared / "connections", settings.workers)
-    journal = Journal(settings.journal)
+    journal = open_journal(settings.journal, at_once=False)
     try:
         Serving(settings.source, journal)  # what cannot be served is said here, in one line, not by a worker
     finally:

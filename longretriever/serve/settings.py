@@ -24,7 +24,7 @@ class Settings:
     model: str
     store: str | None = None  # None: the one that the model was trained on
     index: str | None = None  # None: MODEL/index
-    live: str | None = None  # the journal; None: live.sqlite beside the model
+    live: str | None = None  # the journal, a file or redis://...; None: live.sqlite beside the model
     clock: Clock = "wall"
     host: str = "127.0.0.1"
     port: int = 8000
@@ -70,8 +70,8 @@ class Settings:
             return self.host == "localhost"
 
     @property
-    def journal(self) -> Path:
-        return Path(self.live) if self.live else Path(self.model).parent / "live.sqlite"
+    def journal(self) -> str:
+        return self.live or str(Path(self.model).parent / "live.sqlite")
 
     @property
     def source(self) -> Source:
