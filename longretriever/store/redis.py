@@ -68,7 +68,7 @@ except ImportError as error:
 FORMAT = 1
 BUCKETS = 256
 SECONDS = 0.25  # that an answer may take: to a read, and to a connection
-WRITE_SECONDS = 5.0  # and to a write, which waits for a disk
+WRITE_SECONDS = 2.0  # and to a write, which waits for a disk
 _LOOK = 0.5  # seconds between looks at a server that is gone
 _MARKS = 10.0  # and between looks for who is forgotten
 _TOGETHER = 1_000  # calls that go out together at most
@@ -108,12 +108,13 @@ for i = 3, #ARGV, 6 do
   local b, u = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
   local events, seen = KEYS[2 * (buckets + u) - 1], KEYS[2 * (buckets + u)]
   local known, name = ARGV[i + 4], ARGV[i + 5]
-  if redis.call('HEXISTS', seen, known) == 0 and (name == '' or redis.call('HEXISTS', seen, name) == 0) then
+  local there = redis.call('HMGET', seen, known, name)
+  if not there[1] and not there[2] then
     at[b] = at[b] and at[b] + 1 or next_of(KEYS[2 * b - 1])
     local n = string.format('%.0f', at[b])
     redis.call('ZADD', events, n, ARGV[i + 3])
-    redis.call('HSET', seen, known, n)
-    if name ~= '' then redis.call('HSET', seen, name, n) end
+    if name == '' then redis.call('HSET', seen, known, n)
+    else redis.call('HSET', seen, known, n, name, n) end
     redis.call('ZADD', KEYS[2 * b], n, n .. ':' .. ARGV[i + 2])
     accepted = accepted + 1
   end

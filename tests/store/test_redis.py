@@ -20,10 +20,9 @@ from tests.store.redises import (
     cluster_url,
     emptied,
     paused,
-    redis_cluster,
     redis_server,
 )
-from tests.store.test_journals import event, everything, met, written
+from tests.store.test_journals import event, everything, folded, met, written
 
 pytest.importorskip("redis", reason="pip install 'longretriever[redis]'")
 if PROGRAM is None:
@@ -38,12 +37,6 @@ def mortal(tmp_path_factory) -> Iterator[RedisServer]:
     """One that tests kill and start again."""
     with redis_server(tmp_path_factory.mktemp("mortal")) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def mortals(tmp_path_factory) -> Iterator[list[RedisServer]]:
-    with redis_cluster(tmp_path_factory.mktemp("mortals")) as nodes:
-        yield nodes
 
 
 def running(server: RedisServer) -> str:
@@ -139,14 +132,14 @@ def test_one_that_is_not_there_yet_is_waited_for(mortal, base):
         assert reader.lives([1], 10**10)[0].is_all
 
 
-def test_a_cluster_without_one_of_its_nodes(mortals, base):
+def test_a_cluster_without_one_of_its_nodes(three_redises):
     """Users of the others go on; a call that was written in part is whole once it is sent again."""
-    with closing(RedisJournal(cluster_url(mortals))) as journal:
+    with closing(RedisJournal(cluster_url(three_redises))) as journal:
         users = range(60)
         sent = [event(n, user) for user in users for n in range(2)]
         assert written(journal, *sent[::2]) == (60, 0)
         upto = journal.last()
-        mortals[1].stop()
+        three_redises[1].stop()
         found = journal.of_each(list(users))
         assert {len(one.events) for one in found if one.is_all} == {1}
         gone = [user for user, one in zip(users, found, strict=True) if not one.is_all]
@@ -160,10 +153,10 @@ def test_a_cluster_without_one_of_its_nodes(mortals, base):
             journal.of(gone[0])
         with pytest.raises(Unavailable):
             journal.last()
-        with closing(RedisJournal(cluster_url(mortals), at_once=False)) as second:
+        with closing(RedisJournal(cluster_url(three_redises), at_once=False)) as second:
             assert len(second.of(others[0])[0]) == 3, "a server that is started meanwhile knows the others"
             assert [e.is_all for e in second.of_each([others[0], gone[0]])] == [True, False]
-            mortals[1].start()
+            three_redises[1].start()
             wait_until(lambda: journal.trouble() is None and second.trouble() is None, 15)
         wait_until(lambda: settled(journal, gone[0]), 15)
         assert written(journal, *sent[1::2]) == (len(gone), len(others))
@@ -180,7 +173,7 @@ def settled(journal: RedisJournal, user: int) -> bool:
 def test_keys_that_move_are_followed(three_redises):
     with closing(RedisJournal(cluster_url(three_redises))) as journal:
         written(journal, *(event(n, user) for user in range(40) for n in range(2)))
-        slot = module.key_slot(module._key(module._bucket(7), "facts").encode())
+        slot = module.key_slot(facts_of(7).encode())
         old = next(n for n in range(3) if slot < 16_384 * (n + 1) // 3)
         here, there = three_redises[old], three_redises[(old + 1) % 3]
         ids = [node.client.execute_command("CLUSTER MYID").decode() for node in (here, there)]
@@ -199,6 +192,36 @@ def test_keys_that_move_are_followed(three_redises):
         before = journal.round_trips
         journal.of(7)
         assert journal.round_trips == before + 1
+
+
+# -- numbers
+
+
+def test_clocks_that_differ_neither_lose_nor_repeat_events(three_redises, base):
+    """A bucket that is an hour ahead makes the number that parts old from new one of the future."""
+    with closing(RedisJournal(cluster_url(three_redises))) as journal:
+        ahead = str((time.time_ns() // 1_000) + 3_600_000_000)
+        journal._ask([module._Ask(k, ("HSET", k, "last", ahead)) for k in [facts_of(1)]])
+        written(journal, *(Event(user, 10, 0, 10**9) for user in range(40)))
+        upto = journal.last()
+        assert upto > int(ahead)
+        written(journal, *(Event(user, 10, 0, 10**9 + 5) for user in range(40)))
+        assert [len(list(journal.between(*part))) for part in ((0, upto), (upto, 2 * upto))] == [40, 40]
+        reader = Reader(folded(base, journal, upto), journal)
+        assert all(len(met(reader, user, 2 * 10**9)) == 1 for user in range(3, 40))
+
+
+def facts_of(user: int) -> str:
+    return module._key(module._bucket(user), "facts")
+
+
+def test_a_bucket_is_read_in_pages(one_redis, monkeypatch):
+    monkeypatch.setattr(module, "_PAGE", 7)
+    with closing(RedisJournal(one_redis.url)) as journal:
+        sent = [event(n, user) for n in range(50) for user in (1, 2)]
+        written(journal, *sent)
+        journal.forget(2).result(10)
+        assert everything(journal) == sent[::2]
 
 
 # -- what a request costs
