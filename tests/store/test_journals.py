@@ -151,6 +151,7 @@ def test_many_write_at_once_and_all_see_all(journal, where):
 def test_several_users_are_as_each_of_them(journal):
     written(journal, *(event(4 - n, user) for user in (1, "1", 3) for n in range(4)))
     journal.forget(3).result(10)
+    assert journal.count() == 9, "with the mark"
     users = [3, 1, "1", 1, 99]
     assert [(one.events, one.forgotten) for one in journal.of_each(users)] == [journal.of(u) for u in users]
     assert [e.item_id for e in journal.of(1)[0]] == [1, 2, 3, 4], "by time"
