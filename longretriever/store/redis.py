@@ -294,7 +294,7 @@ class RedisJournal:
                 f"{FORMAT}. Choose another database."
             )
         if found.get("state") != "ready":
-            self._create()
+            found = self._create()
         return found["journal"]
 
     def _check_empty(self) -> None:
@@ -310,12 +310,12 @@ class RedisJournal:
     def _create(self) -> dict[str, str]:
         """Others may be doing the same: whoever sets a field first has the say."""
         asked = {"format": str(FORMAT), "journal": uuid4().hex, "buckets": str(BUCKETS)}
-        self._ask([_Ask(_ABOUT, ("HSETNX", _ABOUT, k, v)) for k, v in asked.items()])
+        self._ask([_Ask(_ABOUT, ("HSETNX", _ABOUT, k, v)) for k, v in asked.items()], writes=True)
         (about,) = self._ask([_Ask(_ABOUT, ("HGETALL", _ABOUT))])
         found = {k.decode(): v.decode() for k, v in _pairs(about)}
         facts = [_key(b, "facts") for b in range(BUCKETS)]
-        self._ask([_Ask(key, ("HSETNX", key, "journal", found["journal"])) for key in facts])
-        self._ask([_Ask(_ABOUT, ("HSET", _ABOUT, "state", "ready"))])
+        self._ask([_Ask(key, ("HSETNX", key, "journal", found["journal"])) for key in facts], writes=True)
+        self._ask([_Ask(_ABOUT, ("HSET", _ABOUT, "state", "ready"))], writes=True)
         return {**found, "state": "ready"}
 
     def _check_buckets(self, journal: str, buckets: Iterable[int], partly: bool = False) -> None:
@@ -864,7 +864,7 @@ def _check_node(node: _Node) -> None:
             f"{node.name} answers before anything is on the disk (appendonly no): a crash would lose events "
             "that were acknowledged. Set appendonly yes and appendfsync always."
         )
-    synced = _said(node, "appendfsync")
+    synced = node.told(lambda: _said(node, "appendfsync"))
     if synced != "always":
         raise Mismatch(
             f"{node.name} answers before the disk has what it was told (appendfsync {synced}): a crash would "
