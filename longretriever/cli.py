@@ -471,7 +471,11 @@ def serve(
         str | None, typer.Option(help="An index other than MODEL/index: a folder, or postgresql://...")
     ] = None,
     live: Annotated[
-        Path | None, typer.Option(help="File of live events; default live.sqlite beside the model.")
+        str | None,
+        typer.Option(
+            help="Live events: a file, redis://HOST:PORT/0 or redis+cluster://HOST:PORT,...; "
+            "default live.sqlite beside the model."
+        ),
     ] = None,
     clock: Annotated[
         str, typer.Option(help="What now is: wall, or log: just after the newest event, for old logs.")
@@ -527,7 +531,7 @@ def serve(
         model=str(model),
         store=str(store) if store else None,
         index=index,
-        live=str(live) if live else None,
+        live=live,
         clock=_one_of("--clock", clock, ("wall", "log")),
         host=host,
         port=port,
@@ -1110,7 +1114,9 @@ AB_ARMS = ("MIND=popular,item-to-item,mind", "LongRetriever=popular,item-to-item
 @app.command()
 def compact(
     store: Annotated[Path, typer.Argument(help="Folder of the store.")],
-    live: Annotated[Path, typer.Option("--live", help="File of live events.")],
+    live: Annotated[
+        str, typer.Option("--live", help="Live events: a file, redis://... or redis+cluster://...")
+    ],
     path: Annotated[
         Path | None, typer.Option("--out", help="Folder of the new store; default: in place of the old one.")
     ] = None,

@@ -12,6 +12,7 @@ LongRetrieverError
 │   ├── Mismatch          it was made from something other than what it is used with
 │   └── NotLoaded         shards or a database do not have this model, or not yet
 ├── EngineFailed          what computes an ingest stopped: a worker died, a disk is full
+├── Unavailable           live events cannot be read or written now; that may pass
 ├── RequestFailed         a server refused a request, or could not be reached
 └── MissingExtra          an optional part is not installed
 
@@ -73,6 +74,10 @@ class NotLoaded(SavedError):
 
 class EngineFailed(LongRetrieverError):
     """What computes an ingest stopped before the end: a worker died, a disk is full."""
+
+
+class Unavailable(LongRetrieverError):
+    """Live events cannot be read or written now: their server is gone, full, or being started."""
 
 
 class RequestFailed(LongRetrieverError):

@@ -23,7 +23,7 @@ from longretriever.serve.front import as_json, guarded, may_read, may_write, wro
 from longretriever.serve.openapi import described, documented
 from longretriever.serve.serving import Serving, as_id
 from longretriever.serve.settings import Settings
-from longretriever.store.live import Journal
+from longretriever.store.live import LiveJournal, open_journal
 
 log = logging.getLogger("longretriever.serve")
 
@@ -59,7 +59,7 @@ def create(settings: Settings | None = None) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open what is served; at the end finish requests, then commit, then close."""
     settings: Settings = app.state.settings
-    app.state.journal = await asyncio.to_thread(Journal, settings.journal)
+    app.state.journal = await asyncio.to_thread(open_journal, settings.journal, at_once=False)
     app.state.fleet = await asyncio.to_thread(settings.fleet)
     source, journal = settings.source(app.state.fleet), app.state.journal
 
@@ -72,7 +72,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.retrieving = app.state.work.long if settings.is_remote else app.state.work.short
     watching = asyncio.create_task(app.state.current.watch(settings.watch)) if settings.watch else None
     serving = app.state.current.serving
-    log.info("serving", extra={"facts": {"model": serving.name, "live": str(settings.journal)}})
+    log.info("serving", extra={"facts": {"model": serving.name, "live": app.state.journal.name}})
     yield
     if watching:
         watching.cancel()
@@ -126,7 +126,7 @@ async def retrieve(request: Request, asked: wire.RetrieveAsked) -> Response:
         metrics.stage.labels(name).observe(milliseconds / 1e3)
     if answer.fallback:
         metrics.fallbacks.inc()
-    _count_partial([answer])
+    _count_lacking([answer])
     return as_json(answer)
 
 
@@ -136,11 +136,13 @@ async def retrieve_batch(request: Request, asked: wire.BatchAsked) -> Response:
     _limited("k", asked.k, settings.k)
     _limited("user_ids", len(asked.user_ids), settings.batch)
     found = await request.app.state.work.long(_serving(request).retrieve_many, asked)
-    _count_partial(found.answers)
+    _count_lacking(found.answers)
     return as_json(found)
 
 
-def _count_partial(answers: Sequence[wire.Answer]) -> None:
+def _count_lacking(answers: Sequence[wire.Answer]) -> None:
+    """Answers that lack live events, or contexts that could not be searched."""
+    metrics.without_live.inc(sum(not answer.live for answer in answers))
     partial = [answer for answer in answers if answer.partial]
     metrics.partial.inc(len(partial))
     missing = {str(c.category_id) for answer in partial for c in answer.contexts if c.unsearched}
@@ -150,7 +152,7 @@ def _count_partial(answers: Sequence[wire.Answer]) -> None:
 
 async def events(request: Request, sent: wire.EventsSent | wire.EventSent) -> Response:
     """Take note of behaviors: all of them or none; answered once they are on the disk."""
-    journal: Journal = request.app.state.journal
+    journal: LiveJournal = request.app.state.journal
     settings = request.app.state.settings
     one_or_more = sent.events if isinstance(sent, wire.EventsSent) else [sent]
     _limited("events", len(one_or_more), settings.events)
@@ -253,13 +255,15 @@ async def healthz() -> dict[str, str]:
 
 
 async def readyz(request: Request) -> Response:
-    """It answers requests: the model is open, the journal can be read, some shard is up if there are any."""
-    serving = _serving(request)
-    await asyncio.to_thread(request.app.state.journal.last)
-    fleet = request.app.state.fleet
+    """It answers requests: the model is open, a journal that is a file can be read, some shard is up if any.
+
+    Without its Redis it answers from the store alone, and `live` says so.
+    """
+    serving, journal, fleet = _serving(request), request.app.state.journal, request.app.state.fleet
+    await asyncio.to_thread(journal.of_each, [0])
     if fleet is not None and not any(fleet.searchable(one).any() for one in serving.fingerprints):
         return wrong(503, f"no shard answers for {serving.name}.", headers={"Retry-After": "1"})
-    return as_json(wire.Ready("ready", serving.name))
+    return as_json(wire.Ready("ready", serving.name, "unavailable" if journal.trouble() else "ok"))
 
 
 def _page(app: FastAPI) -> None:

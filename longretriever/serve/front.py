@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from longretriever.errors import (
     InputError,
     NotLoaded,
     RequestFailed,
+    Unavailable,
     UnknownCategory,
     UnknownItem,
     UnknownUser,
@@ -23,6 +25,8 @@ from longretriever.errors import (
 from longretriever.serve import wire
 from longretriever.serve.door import Busy, Door, Keys, OutOfTime
 from longretriever.serve.settings import Listening
+
+log = logging.getLogger("longretriever.serve")
 
 
 def guarded(app: FastAPI, settings: Listening) -> FastAPI:
@@ -100,6 +104,12 @@ def _refused(request: Request, error: Exception) -> Response:
     return wrong(error.status_code, str(error.detail), headers=error.headers)
 
 
+def _said(error: Exception) -> str:
+    """To who asks; where the server of live events is, and why it fails, stands in the log."""
+    log.warning("not written", extra={"facts": {"why": str(error)}})
+    return "live events cannot be read or written now; nothing was acknowledged. Send it again."
+
+
 _ERRORS: dict[Any, Callable[[Request, Exception], Response]] = {
     RequestValidationError: _invalid,
     UnknownUser: _unknown,
@@ -107,6 +117,7 @@ _ERRORS: dict[Any, Callable[[Request, Exception], Response]] = {
     UnknownCategory: _unknown,
     InputError: lambda request, error: wrong(422, str(error)),
     StarletteException: _refused,
+    Unavailable: lambda request, error: wrong(503, _said(error), headers={"Retry-After": "1"}),
     Busy: lambda request, error: wrong(503, "too many requests wait.", headers={"Retry-After": "1"}),
     NotLoaded: lambda request, error: wrong(409, str(error)),
     RequestFailed: lambda request, error: wrong(503, str(error), headers={"Retry-After": "1"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ latency = Histogram(
 )
 stage = Histogram("longretriever_stage_seconds", "Of a retrieval, by stage.", ["stage"], buckets=_BUCKETS)
 fallbacks = Counter("longretriever_fallbacks", "Answers of what is popular, for want of behaviors.")
+without_live = Counter(
+    "longretriever_without_live", "Answers of the store alone, as live events could not be had."
+)
 refused = Counter("longretriever_refused", "Requests that found the queue full, or ran out of time.", ["why"])
 events = Counter("longretriever_events", "Live events.", ["result"])
 reloads = Counter("longretriever_reloads", "Newer models, indexes and stores.", ["result"])
@@ -53,9 +57,13 @@ def told(shard: str, how: str, seconds: float) -> None:
 
 def exposition(serving: Serving, fleet: Fleet | None = None) -> bytes:
     """The text that Prometheus reads. Counts the journal's rows: some milliseconds for a million."""
-    registry = CollectorRegistry()
-    gauges = {
-        "live_events": ("Events newer than the store.", serving.journal.count(serving.reader.after)),
+    registry, live = CollectorRegistry(), serving.live_events()
+    gauges: dict[str, tuple[str, float]] = {
+        "live_events": (
+            "Events newer than the store; NaN: cannot be counted.",
+            math.nan if live is None else live,
+        ),
+        "live_up": ("1 if all live events can be had.", float(serving.journal.trouble() is None)),
         "journal_waiting": ("Calls of this worker that wait for the disk.", serving.journal.waiting),
         "index_age_seconds": ("Since the model was made.", time.time() - serving.made),
         "loaded_seconds": ("Since this worker loaded it.", time.time() - serving.loaded),

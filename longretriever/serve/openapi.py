@@ -19,7 +19,7 @@ _WHY = {
     409: "What lies on the disk cannot be served.",
     413: "The body is too large.",
     422: "The request is not as expected, or names what is not there.",
-    503: "Too many requests wait; see Retry-After.",
+    503: "Too many requests wait, or live events cannot be written now; see Retry-After.",
     504: "The request took longer than it may.",
 }
 

@@ -37,9 +37,9 @@ def run_shard(settings: ShardSettings) -> None:
 
 def _check(settings: Settings) -> None:
     from longretriever.serve.serving import Serving
-    from longretriever.store.live import Journal
+    from longretriever.store.live import open_journal
 
-    journal, fleet = Journal(settings.journal), settings.fleet()
+    journal, fleet = open_journal(settings.journal, at_once=False), settings.fleet()
     try:
         Serving(settings.source(fleet), journal)
     finally:

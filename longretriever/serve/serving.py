@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from longretriever.errors import InputError, Mismatch, UnknownCategory
+from longretriever.errors import InputError, Mismatch, Unavailable, UnknownCategory
 from longretriever.events import ITEM
 from longretriever.retrieve.interests import INTERESTS, Interests, Pgin, RandomInTop, Top
 from longretriever.retrieve.merge import MERGES, Merge
@@ -31,7 +31,7 @@ from longretriever.serve import wire
 from longretriever.serve.settings import Clock
 from longretriever.store.behaviors import Life
 from longretriever.store.joined import Joined, LiveEvents
-from longretriever.store.live import Event, Journal, Reader
+from longretriever.store.live import Event, LiveJournal, Reader
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _stamp(file: Path) -> tuple[str, int, int] | None:
 class Serving:
     """A retriever ready to answer over the wire. Safe to share between threads."""
 
-    def __init__(self, source: Source, journal: Journal, replaces: Serving | None = None) -> None:
+    def __init__(self, source: Source, journal: LiveJournal, replaces: Serving | None = None) -> None:
         """Open everything, and answer one request, so that what cannot serve is found here.
 
         Raises a `SavedError`, and `NotLoaded` where it could answer less than what it replaces.
@@ -153,8 +153,8 @@ class Serving:
         seed = randbits(32) if asked.seed is None else asked.seed
         found = self._found(lives, asked, seed, rules, merge, lap)
         answers = [
-            self._said(user_id, seed, *one, asked.explain)
-            for user_id, one in zip(user_ids, found, strict=True)
+            self._said(user_id, seed, *one, life.is_all, asked.explain)
+            for user_id, life, one in zip(user_ids, lives, found, strict=True)
         ]
         lap("answer")
         return answers
@@ -194,7 +194,10 @@ class Serving:
         return out
 
     def lives(self, user_ids: Sequence[int | str | None], now: float | None) -> list[Life]:
-        """Of each user, all that is known of him before `now`; an empty life for None."""
+        """Of each user, all that is known of him before `now`; an empty life for None.
+
+        Where live events cannot be had, what the store knows: `Life.is_all` says it.
+        """
         when: Any = now
         if now is None:
             when = time.time() if self.source.clock == "wall" else lambda newest: float(newest + 1)
@@ -214,6 +217,7 @@ class Serving:
         found: Retrieval,
         fallback: bool,
         partial: bool,
+        live: bool,
         explain: bool,
     ) -> wire.Answer:
         total = float(sum(context.share for context in found.contexts)) or 1.0
@@ -230,7 +234,7 @@ class Serving:
         ]
         candidates = _explained(found) if explain else _plain(found)
         said: Literal["popular"] | None = "popular" if fallback else None
-        return wire.Answer(user_id, found.now, seed, self.name, said, partial, contexts, candidates, {})
+        return wire.Answer(user_id, found.now, seed, self.name, said, partial, live, contexts, candidates, {})
 
     def _interests(self, asked: wire.InterestsAsked) -> Interests | None:
         """What chooses the contexts; None for the model's own."""
@@ -269,6 +273,13 @@ class Serving:
         )
 
     # -- events
+
+    def live_events(self) -> int | None:
+        """How many are newer than the store; None where they cannot be counted now."""
+        try:
+            return self.journal.count(self.reader.after)
+        except Unavailable:
+            return None
 
     def events(self, sent: Sequence[wire.EventSent], arrived: float) -> list[Event]:
         """Events as the journal takes them. Raises `InputError` for one that would never count."""

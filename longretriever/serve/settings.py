@@ -88,7 +88,7 @@ class Settings(Listening):
     model: str
     store: str | None = None  # None: the one that the model was trained on
     index: str | None = None  # a folder or postgresql://...; None: MODEL/index
-    live: str | None = None  # the journal; None: live.sqlite beside the model
+    live: str | None = None  # the journal, a file or redis://...; None: live.sqlite beside the model
     clock: Clock = "wall"
     k: int = 2_000
     batch: int = 256
@@ -109,8 +109,8 @@ class Settings(Listening):
             raise InputError("an index and shards were given: searches go to one of the two.")
 
     @property
-    def journal(self) -> Path:
-        return Path(self.live) if self.live else Path(self.model).parent / "live.sqlite"
+    def journal(self) -> str:
+        return self.live or str(Path(self.model).parent / "live.sqlite")
 
     @property
     def is_remote(self) -> bool:

@@ -103,4 +103,4 @@ async def healthz() -> dict[str, str]:
 
 async def readyz(request: Request) -> Response:
     """It answers searches."""
-    return as_json(wire.Ready("ready", _shard(request).name))
+    return as_json({"status": "ready", "model": _shard(request).name})

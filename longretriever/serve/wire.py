@@ -148,6 +148,7 @@ class Answer(msgspec.Struct):
     model: str  # which model answered
     fallback: Literal["popular"] | None  # set where nothing is known of the user
     partial: bool  # whether some context could not be searched, or not all of it; `contexts` say which
+    live: bool  # false: live events cannot be had now, and this is of the store alone
     contexts: list[ContextAsked]
     candidates: list[CandidateFound]
     timings: dict[str, float]  # milliseconds by stage
@@ -196,7 +197,7 @@ class Life(msgspec.Struct):
     user_id: int | str
     now: float
     behaviors: int
-    live: int  # of them, newer than the store
+    live: int | None  # of them, newer than the store; null: cannot be had now
     first: int | None
     last: int | None
     profile: dict[str, Any]
@@ -255,7 +256,7 @@ class ModelFacts(msgspec.Struct):
     behaviors: int
     first_time: int
     last_time: int
-    live_events: int
+    live_events: int | None  # null: cannot be had now
     dimension: int
     selects: list[str]  # what `interests.select` may be
     merge: str
@@ -280,6 +281,7 @@ class Wrong(msgspec.Struct, omit_defaults=True):
 class Ready(msgspec.Struct):
     status: str
     model: str
+    live: Literal["ok", "unavailable"]  # unavailable: some or all live events cannot be had now
 
 
 ANSWERS = (

@@ -330,6 +330,7 @@ class Life:
     user: int
     now: float
     since: float = -np.inf
+    is_all: bool = True  # False: live events could not be had
 
     def lately(self, behaviors: int | None) -> Life:
         """The last so many behaviors (and those of the same second as the first of them); None: all."""

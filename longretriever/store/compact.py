@@ -12,7 +12,6 @@ that whoever still reads the store before the newest finds all that it lacks.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import shutil
@@ -32,7 +31,7 @@ from longretriever.events import BEHAVIOR, CATEGORY, ITEM, MOST_KINDS, TIME, TIT
 from longretriever.saved import beside, check_replaceable
 from longretriever.store.behaviors import Store, Vocabulary
 from longretriever.store.ingest import IngestReport, ingest
-from longretriever.store.live import Event, Journal, check_journal
+from longretriever.store.live import Event, LiveJournal, is_address, open_journal
 from longretriever.store.sources import SHOWN
 
 _AT_ONCE = 1 << 18  # rows of the store that are written out together
@@ -77,15 +76,18 @@ def compact(
     store out and for verifying it, since it may be the only copy. On the disk beside the new store it needs
     room for the events as Parquet.
 
-    Raises `NotSaved`, `Damaged` or `Mismatch` for a store or journal that cannot be used, `InputError` when
+    `journal` is a file or an address, as of `open_journal`. Raises `Unavailable` where a server is gone,
+    `NotSaved`, `Damaged` or `Mismatch` for a store or journal that cannot be used, `InputError` when
     another process compacts this journal, or nothing would be left; the old store stays then.
     """
     start, say = time.perf_counter(), progress or (lambda line: None)
     target = Path(os.path.realpath(store if out is None else out))
-    with _alone(Path(journal)), closing(Journal(journal)) as live:
+    if not is_address(journal) and not Path(journal).is_file():
+        raise NotSaved(f"{journal}: no live events there. Pass the file that `longretriever serve` writes.")
+    with closing(open_journal(journal)) as live, live.compacting():
         say("checking store and journal")
         check_replaceable(target, "store")
-        check_journal(journal)
+        live.check()
         source = Store.open(store, verify=True)
         after, upto = _numbers(source, live)
         counts, report = {"live": 0, "forgotten": 0, "deleted": 0}, None
@@ -102,39 +104,26 @@ def compact(
             counts["deleted"] = _delete(live, after)
         shown = str(store if out is None else out)
         seconds = time.perf_counter() - start
-        return CompactReport(shown, str(journal), after, upto, **counts, ingest=report, seconds=seconds)
+        return CompactReport(shown, live.name, after, upto, **counts, ingest=report, seconds=seconds)
 
 
-def _numbers(source: Store, live: Journal) -> tuple[int, int]:
+def _numbers(source: Store, live: LiveJournal) -> tuple[int, int]:
     """Up to where the store has the journal's events already, and up to where it will."""
     after = live.folded_into(source)
     if 0 < after < (deleted := live.deleted()):
         raise Mismatch(
-            f"{source.path} holds the events of {live.path} up to number {after:,}, but those up to "
+            f"{source.path} holds the events of {live.name} up to number {after:,}, but those up to "
             f"{deleted:,} went into a newer store and were deleted. Compact that one."
         )
     return after, live.last()
 
 
-def _delete(live: Journal, upto: int) -> int:
+def _delete(live: LiveJournal, upto: int) -> int:
     """In steps, so that who appends meanwhile need not wait for all of it."""
     deleted = 0
     while upto and (some := live.delete_folded(upto).result()):
         deleted += some
     return deleted
-
-
-@contextmanager
-def _alone(journal: Path) -> Iterator[None]:
-    """The only one in all processes that compacts this journal."""
-    if not journal.is_file():
-        raise NotSaved(f"{journal}: no live events there. Pass the file that `longretriever serve` writes.")
-    with journal.with_name(journal.name + ".compact").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{journal} is being compacted already. Wait for that to end.") from None
-        yield
 
 
 @contextmanager
@@ -153,7 +142,7 @@ class _Export:
     """A store and the journal's events behind it as the inputs of `ingest`: Parquet files in `work`."""
 
     source: Store
-    live: Journal
+    live: LiveJournal
     after: int
     upto: int
     work: Path

@@ -1,5 +1,8 @@
 """What happened since the store was made: in SQLite, on the disk before it is acknowledged.
 
+For one machine; for servers on several ones `longretriever.store.redis` keeps the same in Redis. What both
+promise is `LiveJournal`, and whoever reads or writes live events knows no more than that.
+
 A journal: events in the order of their arrival, and among them marks that say "all of this user before here
 is forgotten". A store that was made by folding events in says up to where (`facts["live"]`), so whoever reads
 a store and its journal together counts nothing twice: see `lives`.
@@ -13,21 +16,22 @@ from __future__ import annotations
 import fcntl
 import os
 import queue
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 import numpy as np
 
-from longretriever.errors import Damaged, InputError, Mismatch, NotSaved, SavedError
+from longretriever.errors import Damaged, InputError, Mismatch, NotSaved, SavedError, Unavailable
 from longretriever.events import MOST_KINDS
 from longretriever.saved import sync
 from longretriever.store.behaviors import Life, Store
@@ -74,6 +78,106 @@ class Written(NamedTuple):
     duplicates: int
 
 
+class Since(NamedTuple):
+    """What a journal has of a user behind some number."""
+
+    events: list[Event]  # by time, of equal times in order of arrival
+    forgotten: bool  # what the store has of him is not to count
+    is_all: bool = True  # False: it cannot be asked now, and `forgotten` is as of the last look
+
+
+class LiveJournal(Protocol):
+    """Events in order of arrival, with marks that say "all of this user before here is forgotten".
+
+    Every row has a number, ascending for each user. Ids are integers or strings, and 7 is not "7". Methods
+    may be called from any thread, and raise `Unavailable` where the journal cannot be asked now.
+    """
+
+    name: str  # where it is, without passwords
+
+    @property
+    def id(self) -> str:
+        """Its own, which stores that were folded from it name."""
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait to be written."""
+
+    def trouble(self) -> str | None:
+        """Why some or all live events cannot be had now, as far as is known; None if they can."""
+
+    def close(self) -> None:
+        """Finish what was asked for, then close."""
+
+    def append(self, events: Sequence[Event], beside: Iterable[str] = ()) -> Future[Written]:
+        """Write events; the future is done once they are on the disk, and fails if any may be not.
+
+        What is written of a call that fails is said by each kind of journal; sent again, it is written once.
+        An event whose event_id is known of its user, or that is equal in user, item, time and behavior, is
+        not written again. A future that is cancelled before its turn writes nothing. Raises `InputError` for
+        an event without user, item, time or kind, or with ids that are neither integers of 64 bits nor
+        strings; the future does where the journal's kinds and those `beside` it, of the store, would be more
+        than a store can hold.
+        """
+
+    def forget(self, user_id: int | str) -> Future[int]:
+        """Delete a user's live events and hide what the store has of him; the number of those deleted."""
+
+    def delete_folded(self, upto: int, most: int = ...) -> Future[int]:
+        """Delete about `most` of the rows that a store has taken in; how many: 0 when none is left."""
+
+    def of(self, user_id: int | str, after: int = 0) -> tuple[list[Event], bool]:
+        """A user's events behind number `after`, by time; and whether older ones are forgotten."""
+
+    def of_each(self, user_ids: Sequence[int | str], after: int = 0) -> list[Since]:
+        """The same of several users; of those that cannot be asked about now, that. Raises nothing for it."""
+
+    def last(self) -> int:
+        """A number that all rows are at or below, and all later ones will be above."""
+
+    def count(self, after: int = 0) -> int:
+        """Rows behind number `after`, marks included."""
+
+    def forgotten(self, after: int, upto: int) -> list[int | str]:
+        """Users with a mark among these numbers: what a store before has of them is not to be kept."""
+
+    def between(self, after: int, upto: int) -> Iterator[Event]:
+        """Events among these numbers, those of a user in order of arrival."""
+
+    def folded_into(self, store: Store) -> int:
+        """Up to which number this store holds the journal's events; 0 if it knows nothing of it.
+
+        What comes later gets higher numbers, also in a journal that is an older copy, put back.
+        """
+
+    def deleted(self) -> int:
+        """Up to which number `delete_folded` was asked to delete."""
+
+    def check(self) -> None:
+        """Look whether all of it can be read. Raises `Damaged`."""
+
+    def compacting(self) -> AbstractContextManager[None]:
+        """Alone among all processes that compact this journal, until left or killed. Raises `InputError`."""
+
+
+def open_journal(where: str | os.PathLike[str], *, at_once: bool = True) -> LiveJournal:
+    """The journal of a file, or of redis://host:port/0 or redis+cluster://host:port,host:port.
+
+    Makes it where there is none. `at_once` false: a Redis that cannot be reached is waited for, and all but
+    `of_each` raises `Unavailable` until then. Raises a `SavedError`; `MissingExtra` without Redis's client.
+    """
+    if not is_address(where):
+        return Journal(where)
+    from longretriever.store.redis import RedisJournal
+
+    return RedisJournal(str(where), at_once=at_once)
+
+
+def is_address(where: object) -> bool:
+    """Is this the address of a server, not a path?"""
+    return isinstance(where, str) and re.match(r"[a-z+]+://", where) is not None
+
+
 class Journal:
     """A file of live events. One object a process; its methods may be called from any thread.
 
@@ -83,6 +187,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a journal, making it where there is none. Raises `Damaged`, `NotSaved`, `Mismatch`."""
         self.path = Path(path)
+        self.name = str(path)
         self._local = threading.local()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = threading.Lock()  # nothing is asked for behind the end of the queue
@@ -109,14 +214,10 @@ class Journal:
     # -- writing
 
     def append(self, events: Sequence[Event], beside: Iterable[str] = ()) -> Future[Written]:
-        """Write events, all or none; the future is done once they are on the disk.
-
-        An event whose event_id is known, or that is equal in user, item, time and behavior, is not written
-        again. A future that is cancelled before its turn writes nothing. Raises `InputError` for an event
-        without user, item, time or kind; the future does where the journal's kinds and
-        those `beside` it, of the store, would be more than a store can hold.
-        """
-        rows = [_checked(event) for event in events]
+        """See `LiveJournal.append`: all or none. An event_id is known whoever the user is."""
+        for event in events:
+            check_event(event)
+        rows = [tuple(event) for event in events]
         new = {event.behavior for event in events} - self._kinds
         return self._ask(lambda connection: self._insert(connection, rows, new, {*beside}))
 
@@ -127,10 +228,7 @@ class Journal:
             connection.executemany("INSERT OR IGNORE INTO kind VALUES (?)", [(_hash(kind),) for kind in new])
             there = {kind for (kind,) in connection.execute("SELECT hash FROM kind")}
             if len(there.union(map(_hash, beside))) > MOST_KINDS:
-                raise InputError(
-                    f"behavior: {min(new - beside)!r} would be one kind more than the {MOST_KINDS} that a "
-                    "store holds. What tells single events apart belongs in event_id."
-                )
+                raise too_many_kinds(new - beside)
             self._kinds |= new
         return _insert(connection, rows)
 
@@ -195,6 +293,13 @@ class Journal:
         mark = max((n for n, _, item, *_ in rows if item is None), default=0)
         return [Event(*row) for n, *row in rows if row[1] is not None and n > mark], mark > 0
 
+    def of_each(self, user_ids: Sequence[int | str], after: int = 0) -> list[Since]:
+        """The same of several users. A file that cannot be read is an error."""
+        return [Since(*self.of(user_id, after)) for user_id in user_ids]
+
+    def trouble(self) -> None:
+        """None: a file is there, or reading it is an error."""
+
     def last(self) -> int:
         """The number of the newest row, 0 where there never was one."""
         found = self._read("SELECT seq FROM sqlite_sequence WHERE name = 'event'")
@@ -236,6 +341,20 @@ class Journal:
         found = self._read("SELECT value FROM about WHERE name = 'deleted'")
         return int(found[0][0]) if found else 0
 
+    def check(self) -> None:
+        """Read every page. Raises `Damaged`."""
+        check_journal(self.path)
+
+    @contextmanager
+    def compacting(self) -> Iterator[None]:
+        """See `LiveJournal.compacting`: a lock of a file beside, which ends with its process."""
+        with self.path.with_name(self.path.name + ".compact").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.name} is being compacted already. Wait for that to end.") from None
+            yield
+
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with _readable(self.path):
             return self._reader().execute(query, values).fetchall()
@@ -271,12 +390,33 @@ def _tried(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], 
     return result
 
 
-def _checked(event: Event) -> tuple[Any, ...]:
-    """A row without an item would be a mark, and SQLite passes over what must not be NULL."""
-    for name in ("user_id", "item_id", "time", "behavior"):
-        if getattr(event, name) is None:
-            raise InputError(f"{event}: {name} is missing; only category_id and event_id may be.")
-    return tuple(event)
+def check_event(event: Event) -> None:
+    """A row without an item would be a mark. Raises `InputError`."""
+    for value, (name, kinds) in zip(event, _TYPES.items(), strict=True):
+        if not isinstance(value, kinds):
+            if value is None:
+                raise InputError(f"{event}: {name} is missing; only category_id and event_id may be.")
+            wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise InputError(f"{event}: {name} is {value!r}, expected {wanted}.")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise InputError(f"{event}: {name} is {value!r}, expected an integer of 64 bits.")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "user_id": (int, str),
+    "item_id": (int, str),
+    "category_id": (int, str, type(None)),
+    "time": (int,),
+    "behavior": (str,),
+    "event_id": (str, type(None)),
+}
+
+
+def too_many_kinds(new: set[str]) -> InputError:
+    return InputError(
+        f"behavior: {min(new)!r} would be one kind more than the {MOST_KINDS} that a store holds. What tells "
+        "single events apart belongs in event_id."
+    )
 
 
 def _hash(kind: str) -> int:
@@ -408,35 +548,53 @@ def _locked(path: Path) -> Iterator[None]:
 class Reader:
     """Lives out of a store and a journal, each event once. Safe to share between threads."""
 
-    def __init__(self, store: Store, journal: Journal) -> None:
+    def __init__(self, store: Store, journal: LiveJournal) -> None:
         self.store, self.journal = store, journal
-        self.after = journal.folded_into(store)
+        with suppress(Unavailable):  # then when it answers
+            _ = self.after
         self._item = lru_cache(_REMEMBERED)(store.item_ids.number_of)
         self._category = lru_cache(_REMEMBERED)(store.category_ids.number_of)
         self._kind = {kind: code for code, kind in enumerate(store.behaviors)}
+
+    @cached_property
+    def after(self) -> int:
+        """The number up to which the store has the journal's events."""
+        return self.journal.folded_into(self.store)
 
     def lives(self, user_ids: Sequence[int | str], now: float | Callable[[int], float]) -> list[Life]:
         """The life of each user strictly before `now`; an empty one for a user that nobody knows.
 
         `now` may be a function of the time of the newest event that is known of these users or of the store.
-        Costs a look into the journal for each user, 10 to 20 microseconds, and for each live event some more.
+        A life whose live events cannot be had now is the store's, and says so (`is_all`). Costs a look into
+        the journal, in a file 10 to 20 microseconds for each user, and for each live event some more.
         """
-        found = [self._of(user_id) for user_id in user_ids]
+        since = self._since(user_ids)
+        pairs = zip(user_ids, since, strict=True)
+        found = [(self._number(user_id, one), one.events) for user_id, one in pairs]
         numbers = [number for number, _ in found]
         alone = [number is not None and not events for number, events in found]
         mixed = [i for i, one in enumerate(alone) if not one]
         joined = self._joined([user_ids[i] for i in mixed], [found[i] for i in mixed]) if mixed else None
         when = now(int((joined or self.store).last_time)) if callable(now) else now
         places = iter(range(len(mixed)))
-        return [
+        lives = [
             self.store.life(number, when) if one and number is not None else _life(joined, next(places), when)
             for number, one in zip(numbers, alone, strict=True)
         ]
+        return [
+            life if one.is_all else replace(life, is_all=False)
+            for life, one in zip(lives, since, strict=True)
+        ]
 
-    def _of(self, user_id: int | str) -> tuple[int | None, list[Event]]:
-        """The user's number in the store, unless that is forgotten, and what came since."""
-        events, forgotten = self.journal.of(user_id, self.after)
-        return (None if forgotten else self.store.user_ids.number_of(user_id)), events
+    def _since(self, user_ids: Sequence[int | str]) -> list[Since]:
+        try:
+            return self.journal.of_each(user_ids, self.after)
+        except Unavailable:
+            return [Since([], False, False)] * len(user_ids)
+
+    def _number(self, user_id: int | str, since: Since) -> int | None:
+        """The user's number in the store, unless that is forgotten."""
+        return None if since.forgotten else self.store.user_ids.number_of(user_id)
 
     def _joined(
         self, user_ids: Sequence[int | str], found: Sequence[tuple[int | None, list[Event]]]

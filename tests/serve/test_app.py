@@ -215,7 +215,7 @@ def test_health_and_metrics(server):
     for path in ("/", "/healthz", "/readyz"):
         assert httpx.head(f"{server.url}{path}").status_code == 200
     name = server.get("/v1/model").json()["model"]
-    assert server.get("/readyz").json() == {"status": "ready", "model": name}
+    assert server.get("/readyz").json() == {"status": "ready", "model": name, "live": "ok"}
     text = server.get("/metrics").text
     for line in (
         "longretriever_stage_seconds_bucket",

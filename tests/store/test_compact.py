@@ -29,9 +29,10 @@ from longretriever.store import compact as module
 from longretriever.store.behaviors import Store
 from longretriever.store.compact import compact
 from longretriever.store.ingest import ingest
-from longretriever.store.live import Event, Journal, Reader
+from longretriever.store.live import Event, Journal, LiveJournal, Reader, open_journal
+from tests.store.conftest import EVERYWHERE
 from tests.store.test_joined import few, told
-from tests.store.test_live import as_events
+from tests.store.test_journals import as_events
 from tests.test_cli import run
 from tests.worlds import START, random_log, table
 
@@ -79,8 +80,8 @@ def fingerprint(path: Path) -> str:
     return Store.open(path, verify=True).fingerprint
 
 
-def arrived(path: Path, rows: pa.Table) -> None:
-    with closing(Journal(path)) as journal:
+def arrived(where: Path | str, rows: pa.Table) -> None:
+    with closing(open_journal(where)) as journal:
         journal.append(as_events(rows)).result(10)
 
 
@@ -143,10 +144,10 @@ def rows(events: list[tuple[int, int, int]]) -> pa.Table:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Path:
-    """A `store` of OLD, and a journal `live` with NEW."""
+def world(tmp_path: Path, where: str) -> Path:
+    """A `store` of OLD, and a journal, `live` unless a test says elsewhere, with NEW."""
     ingest(rows(OLD), tmp_path / "store", threads=1)
-    arrived(tmp_path / "live", rows(NEW))
+    arrived(where, rows(NEW))
     return tmp_path
 
 
@@ -157,22 +158,22 @@ def of_whole(world: Path, events: list[tuple[int, int, int]]) -> str:
 
 
 @pytest.fixture
-def journal(world: Path) -> Iterator[Journal]:
-    with closing(Journal(world / "live")) as found:
+def journal(world: Path, where: str) -> Iterator[LiveJournal]:
+    with closing(open_journal(where)) as found:
         yield found
 
 
-def send(journal: Journal, *events: tuple[int, int, int]) -> None:
+def send(journal: LiveJournal, *events: tuple[int, int, int]) -> None:
     journal.append(as_events(rows(list(events)))).result(10)
 
 
-def lives(store: Store, journal: Journal, users: tuple[int, ...] = (1, 2, 3, 4, 5)) -> list[Any]:
+def lives(store: Store, journal: LiveJournal, users: tuple[int, ...] = (1, 2, 3, 4, 5)) -> list[Any]:
     """Everything about everybody."""
     found = Reader(store, journal).lives(users, START + 1000)
     return [told(life.store, life.user, life.now) for life in found]
 
 
-def lives_in(path: Path, journal: Journal) -> list[Any]:
+def lives_in(path: Path, journal: LiveJournal) -> list[Any]:
     return lives(Store.open(path, verify=True), journal)
 
 
@@ -198,13 +199,14 @@ def test_old_and_new_store_tell_the_same_with_the_journal(world, journal):
     assert lives_in(world / "store", journal) == after
 
 
-def test_rows_are_deleted_one_generation_after_they_were_folded(world, journal):
-    compact(world / "store", world / "live")
+@EVERYWHERE
+def test_rows_are_deleted_one_generation_after_they_were_folded(world, where, journal):
+    compact(world / "store", where)
     assert journal.count() == 3
     serving = Store.open(world / "store")
     send(journal, (1, 11, 20))
-    report = compact(world / "store", world / "live")
-    assert (report.deleted, journal.count(), journal.last()) == (3, 1, 4)
+    report = compact(world / "store", where)
+    assert (report.deleted, journal.count(), journal.last()) == (3, 1, report.upto)
     assert lives(serving, journal) == lives_in(world / "store", journal), (
         "who has not looked for a newer store"
     )
@@ -301,7 +303,8 @@ def test_bad_live_events_are_rejected_and_the_others_stay_none_the_less(world, j
 # -- while others write
 
 
-def test_who_writes_meanwhile_goes_on_and_each_event_counts_once(world, journal):
+@EVERYWHERE
+def test_who_writes_meanwhile_goes_on_and_each_event_counts_once(world, where, journal):
     done, sent = threading.Event(), []
 
     def keep_writing() -> None:
@@ -311,7 +314,7 @@ def test_who_writes_meanwhile_goes_on_and_each_event_counts_once(world, journal)
 
     writer = threading.Thread(target=keep_writing)
     writer.start()
-    reports = [compact(world / "store", world / "live") for _ in range(3)]
+    reports = [compact(world / "store", where) for _ in range(3)]
     done.set()
     writer.join()
     all_of_it = of_whole(world, OLD + NEW + sent)
@@ -320,23 +323,24 @@ def test_who_writes_meanwhile_goes_on_and_each_event_counts_once(world, journal)
     found = Reader(Store.open(world / "store"), journal).lives(users, now)
     assert [told(life.store, life.user, life.now) for life in found] == expected
     assert sum(report.live for report in reports) > len(NEW), "some arrived between two of them"
-    compact(world / "store", world / "live")
+    compact(world / "store", where)
     assert fingerprint(world / "store") == all_of_it
 
 
-def test_who_is_forgotten_meanwhile_stays_forgotten(world, journal, monkeypatch):
+@EVERYWHERE
+def test_who_is_forgotten_meanwhile_stays_forgotten(world, where, journal, monkeypatch):
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         journal.forget(1).result(10)
         send(journal, (1, 10, 500))
         return ingest(*arguments, **options)
 
     monkeypatch.setattr(module, "ingest", meanwhile)
-    report = compact(world / "store", world / "live")
-    assert (report.forgotten, report.upto) == (0, 3), "that is for the next time"
+    report = compact(world / "store", where)
+    assert (report.forgotten, report.live) == (0, 3), "that is for the next time"
     found = lives_in(world / "store", journal)
     assert [len(life["all"]) for life in found] == [1, 2, 1, 1, 0]
     monkeypatch.undo()
-    assert compact(world / "store", world / "live").forgotten == 1
+    assert compact(world / "store", where).forgotten == 1
     assert lives_in(world / "store", journal) == found
     left = [e for e in OLD + NEW if e[0] != 1]
     assert fingerprint(world / "store") == of_whole(world, [*left, (1, 10, 500)])
@@ -370,46 +374,56 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 where, name = sys.argv[2].split(".")
-setattr({"compact": compact, "ingest": ingest, "saved": saved}[where], name, die)
-compact.compact(sys.argv[1] + "/store", sys.argv[1] + "/live", threads=1)
+if where == "redis":
+    from longretriever.store.redis import RedisJournal
+
+    RedisJournal.delete_folded = lambda self, upto, most=0: (self._raise("deleted", upto), die())
+else:
+    setattr({"compact": compact, "ingest": ingest, "saved": saved}[where], name, die)
+compact.compact(sys.argv[1] + "/store", sys.argv[3], threads=1)
 """
 
 
 @pytest.mark.parametrize(
-    ("moment", "is_new"),
+    ("where", "moment", "is_new"),
     [
-        ("compact._items", False),
-        ("compact.ingest", False),
-        ("ingest._write_users", False),
-        ("saved._move_into_place", False),
-        ("compact._delete", True),
+        ("file", "compact._items", False),
+        ("file", "compact.ingest", False),
+        ("file", "ingest._write_users", False),
+        ("file", "saved._move_into_place", False),
+        ("file", "compact._delete", True),
+        ("redis", "compact.ingest", False),
+        ("redis", "compact._delete", True),
+        ("cluster", "redis.delete_folded", True),  # between the number deleted, and deleting
     ],
+    indirect=["where"],
 )
-def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(world, journal, moment, is_new):
+def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(world, where, journal, moment, is_new):
     """The second generation, so that there are rows to be deleted."""
-    compact(world / "store", world / "live")
+    first = compact(world / "store", where).upto
     journal.forget(3).result(10)
     send(journal, (1, 11, 20), (5, 10, 21))
-    before = lives_in(world / "store", journal)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(world), moment], check=False)
+    before, upto = lives_in(world / "store", journal), journal.last()
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(world), moment, where], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert Store.open(world / "store").manifest.facts["live"]["upto"] == (6 if is_new else 3)
+    assert Store.open(world / "store").manifest.facts["live"]["upto"] == (upto if is_new else first)
     assert lives_in(world / "store", journal) == before
-    report = compact(world / "store", world / "live")
-    assert (report.ingest is None, report.upto) == (is_new, 6)
+    report = compact(world / "store", where)
+    assert (report.ingest is None, report.upto) == (is_new, upto)
     assert lives_in(world / "store", journal) == before
     left = [e for e in [*OLD, *NEW, (1, 11, 20), (5, 10, 21)] if e[0] != 3]
     assert fingerprint(world / "store") == of_whole(world, left)
     if is_new:
         send(journal, (1, 11, 30))
-        compact(world / "store", world / "live")
+        compact(world / "store", where)
     assert journal.count() == (1 if is_new else 3), "what a killed one did not delete, the next one does"
 
 
 def test_what_a_killed_one_has_written_out_is_swept_away(world):
     left = world / f".store.export-{os.getpid()}-0"
     left.mkdir()
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(world), "compact.ingest"], check=False)
+    command = [sys.executable, "-c", KILLED, str(world), "compact.ingest", str(world / "live")]
+    killed = subprocess.run(command, check=False)
     assert killed.returncode == -signal.SIGKILL
     (export,) = set(world.glob(".store.export-*")) - {left}
     os.utime(export, (0, 0))

@@ -20,7 +20,7 @@ from longretriever.experiment.ab.plan import Finder, PlatformConfig
 from longretriever.experiment.ab.ranking import Ranker
 from longretriever.market.feed import PAGE_SECONDS, Feed, Reaction, Visits, order_time
 from longretriever.store.behaviors import Store
-from longretriever.store.live import Event, Journal, Reader
+from longretriever.store.live import Event, LiveJournal, Reader
 
 TOGETHER = 512  # visits whose candidates are held at once
 
@@ -202,7 +202,12 @@ class Platform:
 
 
 def write(
-    journal: Journal, user: np.ndarray, item: np.ndarray, category: np.ndarray, time: np.ndarray, kind: str
+    journal: LiveJournal,
+    user: np.ndarray,
+    item: np.ndarray,
+    category: np.ndarray,
+    time: np.ndarray,
+    kind: str,
 ) -> None:
     """Put behaviors into a journal; those that it has already are not written again."""
     columns = (column.tolist() for column in (user, item, category, time))

@@ -11,7 +11,7 @@ const parts = (seconds) => {
   };
 };
 
-export const count = (n) => n.toLocaleString("en");
+export const count = (n) => n?.toLocaleString("en") ?? "unknown";
 export const counted = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
 export function day(seconds) {

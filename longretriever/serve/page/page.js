@@ -151,6 +151,9 @@ function arrived(found) {
     ...(found.fallback
       ? [h("p", { class: "alert calm" }, "Nothing is known of this user, so this is what is popular.")]
       : []),
+    ...(found.live
+      ? []
+      : [h("p", { class: "alert" }, "Live events cannot be had now: this is what the store alone says.")]),
   );
   if (found.model !== model.model) facts(); // the server has taken over a newer one
   drawAnswer();
