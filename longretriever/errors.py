@@ -10,6 +10,7 @@ LongRetrieverError
 │   ├── NotSaved          there is nothing of the package's own at that path
 │   ├── Damaged           a file is missing, cut off or altered
 │   └── Mismatch          it was made from something other than what it is used with
+├── ProcessLost           another process of a training ended
 ├── RequestFailed         a server refused a request, or could not be reached
 └── MissingExtra          an optional part is not installed
 
@@ -63,6 +64,10 @@ class Damaged(SavedError):
 
 class Mismatch(SavedError):
     """The folder was made from something other than what it is now used with."""
+
+
+class ProcessLost(LongRetrieverError):
+    """Another process of a training was killed or cannot be reached."""
 
 
 class RequestFailed(LongRetrieverError):

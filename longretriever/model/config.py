@@ -33,6 +33,7 @@ class Learning:
     weight_decay: float = 0.01
     step_samples: int | None = None  # None: some 700 steps an epoch, of 256 to 4096 samples
     parts: int = 2  # of a step, computed side by side where there are processors; changes the last digits
+    shards: int | None = None  # of a training by several processes; None: as many as there are processes
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,6 +45,7 @@ class Learning:
             ("step_samples", "to suit the log"),
             ("samples", "for no bound"),
             ("most", "for all"),
+            ("shards", "for as many as there are processes"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
