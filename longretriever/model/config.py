@@ -68,6 +68,11 @@ class Learning:
         """The method with its first weights, for this store."""
         raise NotImplementedError(f"{type(self).__name__} is not the configuration of a method.")
 
+    @property
+    def parts_of_shard(self) -> int:
+        """Of a step, so that its `parts` are as many in all as without shards, where those are few."""
+        return -(-self.parts // (self.shards or 1))
+
     def samples_of_step(self, events: int) -> int:
         """Small logs need small steps: with 4,096 samples a step, 90,000 events make 22 updates an epoch, too
         few to learn from; a 16 times smaller step raised Recall@200 on them from .28 to .52 (docs/log.md)."""

@@ -44,28 +44,28 @@ T = TypeVar("T")
 def joined() -> Iterator[Wire]:
     """The processes that torchrun has started, or that have joined already; without, this one alone.
 
-    Where one of several fails, one says why, and all end.
+    Where one of several fails, one says why, and all end. What is joined stays so until the process ends:
+    torchrun keeps what the processes said to find each other, and joining a second time would find that.
     """
-    several = dist.is_initialized() or (dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1")
-    if not several or (dist.is_initialized() and dist.get_world_size() == 1):
-        yield Wire()
-    elif dist.is_initialized():
-        yield Wire(dist.get_rank(), dist.get_world_size())
-    else:
+    if not dist.is_initialized() and dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
         dist.init_process_group("gloo", timeout=_PATIENCE)
-        try:
-            yield Wire(dist.get_rank(), dist.get_world_size())
-        except Exception:
-            if not _first_to_fail():
-                raise SystemExit(1) from None
-            raise
-        dist.destroy_process_group()  # not after a failure: whoever waits for us must see that we are gone
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield Wire()
+        return
+    try:
+        yield Wire(dist.get_rank(), dist.get_world_size())
+    except Exception as error:
+        if not _first_to_fail(error):
+            raise SystemExit(1) from None
+        raise
 
 
-def _first_to_fail() -> bool:
+def _first_to_fail(error: Exception) -> bool:
+    """Whether no other process has failed before, with another error."""
     try:  # torchrun keeps this store, so it outlives the processes; there is no public way to it
         store = dist.distributed_c10d._get_default_store()
-        return bool(store.add("longretriever/failed", 1) == 1)
+        mine = f"{dist.get_rank()} {id(error)}"  # within `joined` in `joined`, an error comes twice
+        return bool(store.compare_set("longretriever/failed", "", mine).decode() == mine)
     except RuntimeError:  # it went with the first process
         return True
 

@@ -115,7 +115,9 @@ class Training:
         self.epochs = config.epochs_for(self.n_samples, self.batches.step_samples)
         self.minutes = config.minutes and config.minutes * (1 - sum(SHARES[name] for name in _beside(config)))
         self.total = min(self.n_samples * self.epochs, config.samples or sys.maxsize)
-        self.workers = ThreadPoolExecutor(min(config.parts, threads or config.parts))
+        self.parts = config.parts_of_shard * max(1, len(self.lessons))  # of a step, that are computed here
+        most = threads or max(config.parts, os.cpu_count() or 1)
+        self.workers = ThreadPoolExecutor(min(self.parts, most))
         self.rows = ItemRows(torch.empty(0, config.dim), config.row_lr)
         self.began, self.clock = time.perf_counter(), 0.0
         self.sent = self.exchange.sent
@@ -239,9 +241,17 @@ class Training:
         c, epoch, first = self.config, self.at.epoch, self.at.step
         plans = [islice(lessons.epoch(c.seed, epoch), first, None) for lessons in self.lessons]
 
+        failed: list[Exception] = []
+
         def read(nth: int) -> Turn | None:
+            if failed:  # nothing more is told to the others, who would take it for the step that failed
+                raise failed[0]
             rngs = [np.random.default_rng([c.seed, epoch, nth, *lessons.key]) for lessons in self.lessons]
-            return self.exchange.turn(*_assembled(self.lessons, plans, rngs, c.parts))
+            try:
+                return self.exchange.turn(*_assembled(self.lessons, plans, rngs, c.parts_of_shard))
+            except Exception as error:
+                failed.append(error)
+                raise
 
         with ThreadPoolExecutor(1) as reader:  # one: `assemble` has scratch arrays of its own
             waiting = deque(reader.submit(read, nth) for nth in range(first, first + PREFETCH))
@@ -363,7 +373,7 @@ def _train(
             save_state(run, latest)
             saved_at = run.at.seconds
 
-    with _processors(threads, config.parts):
+    with _processors(threads, run.parts):
         while not run.at.finished:
             run.run_epoch(save_now_and_then, progress)
             gain = run.end_epoch()

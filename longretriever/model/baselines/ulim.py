@@ -251,7 +251,7 @@ class Ulim(Learner):
     def batches(self, until: int, held_out: bool = False) -> Batches:
         batches = Mingled(self.store, self.sampling(), until)
         if not held_out:
-            parts = self.config.parts * (self.config.shards or 1)
+            parts = self.config.parts_of_shard * (self.config.shards or 1)
             self.log_meets = torch.from_numpy(log_meeting(batches, parts)).float()
         return batches
 
