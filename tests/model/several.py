@@ -1,7 +1,7 @@
-"""What tests have several processes do: `torchrun ... -m tests.model.several STORE OUT NAME [NAME ...]`.
+"""What tests have several processes do: `torchrun ... -m tests.model.several STORE[:STORE] OUT NAME...`.
 
-Trains each named configuration to OUT/NAME; with KILL="RANK STEP" in the environment, the process RANK of the first
-life kills itself in that step of a training. With FAIL, it raises there instead.
+Trains each named configuration to OUT/NAME, on the second store to OUT/NAME-1; with KILL="RANK STEP" in the
+environment, the process RANK of the first life kills itself in that step. With FAIL, it raises there instead.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ CONFIGS: dict[str, Learning] = {
     ),
     "mind": MindConfig(**SMALL, length=6),
     "ulim": UlimConfig(**SMALL, context_length=6, recent_length=6, interests=None),
+    "ebr": EbrConfig(**{**SMALL, "shards": 2}, length=8, whole_up_to=0, sampled_negatives=20),
     "minutes": replace(CONTEXTS, epochs=10_000, patience=10_000, minutes=0.02),
 }
 
 
 def main() -> None:
-    store, out, *names = sys.argv[1:]
+    stores, out, *names = sys.argv[1:]
     wrong = os.environ.get("KILL") or os.environ.get("FAIL")
     if wrong and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         rank, step = map(int, wrong.split())
@@ -63,8 +64,10 @@ def main() -> None:
 
         Training.run_step = fatal  # type: ignore[method-assign]
     torch.set_num_threads(1)
-    for name in names:
-        train(Store.open(store), Path(out) / name, CONFIGS[name], checkpoint_seconds=0 if wrong else 60)
+    for nth, store in enumerate(stores.split(":")):
+        for name in names:
+            path = Path(out) / (f"{name}-{nth}" if nth else name)
+            train(Store.open(store), path, CONFIGS[name], checkpoint_seconds=0 if wrong else 60)
 
 
 if __name__ == "__main__":
