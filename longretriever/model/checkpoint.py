@@ -54,7 +54,12 @@ def save_state(run: Training, path: Path) -> None:
 
 
 def _save_rows(run: Training, plan: Plan, work: Path) -> dict[str, str]:
-    """Names of the folders of all shards, in their order, and their fingerprints."""
+    """Names of the folders of all shards, in their order, and their fingerprints.
+
+    The best checkpoint is mostly the latest as well: both name the same folders then.
+    """
+    if run.saved_rows[0] == run.at.steps:
+        return run.saved_rows[1]
     token = run.wire.from_first(uuid4().hex[:8])  # not the names of a run that was killed at the same step
     at, made = 0, {}
     for shard in plan.mine:
@@ -66,7 +71,9 @@ def _save_rows(run: Training, plan: Plan, work: Path) -> dict[str, str]:
             save_file({k: v.contiguous() for k, v in rows.items()}, folder.path / "rows.safetensors")
             folder.made_from = {"store": run.store.fingerprint}
         made[path.name] = opening(path, "checkpoint").fingerprint
-    return {name: mark for each in run.wire.together(made) for name, mark in each.items()}
+    every = {name: mark for each in run.wire.together(made) for name, mark in each.items()}
+    run.saved_rows = run.at.steps, every
+    return every
 
 
 def sweep_rows(work: Path) -> None:

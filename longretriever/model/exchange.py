@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from longretriever.errors import ProcessLost
 from longretriever.model.learner import ItemRows, Lesson
@@ -48,7 +49,10 @@ def joined() -> Iterator[Wire]:
     torchrun keeps what the processes said to find each other, and joining a second time would find that.
     """
     if not dist.is_initialized() and dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        # Where torchrun starts processes again, those before left their addresses in the store.
+        store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
+        store = dist.PrefixStore(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Wire()
         return

@@ -121,6 +121,7 @@ class Training:
         self.rows = ItemRows(torch.empty(0, config.dim), config.row_lr)
         self.began, self.clock = time.perf_counter(), 0.0
         self.sent = self.exchange.sent
+        self.saved_rows: tuple[int, dict[str, str]] = (-1, {})  # after how many steps, and where
         self.optimizer = torch.optim.AdamW(
             self.learner.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )

@@ -44,7 +44,7 @@ CONFIGS: dict[str, Learning] = {
     "mind": MindConfig(**SMALL, length=6),
     "ulim": UlimConfig(**SMALL, context_length=6, recent_length=6, interests=None),
     "ebr": EbrConfig(**{**SMALL, "shards": 2}, length=8, whole_up_to=0, sampled_negatives=20),
-    "minutes": replace(CONTEXTS, epochs=10_000, patience=10_000, minutes=0.02),
+    "minutes": replace(CONTEXTS, shards=2, epochs=10_000, patience=10_000, minutes=0.02),
 }
 
 
