@@ -1,7 +1,8 @@
 """What tests have several processes do: `torchrun ... -m tests.model.several STORE[:STORE] OUT NAME...`.
 
 Trains each named configuration to OUT/NAME, on the second store to OUT/NAME-1; with KILL="RANK STEP" in the
-environment, the process RANK of the first life kills itself in that step. With FAIL, it raises there instead.
+environment, the process RANK of the first life kills itself in that step. With FAIL, the command trains, and
+that process raises there instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from longretriever import cli
 from longretriever.errors import InputError
 from longretriever.model.baselines.mind import MindConfig
 from longretriever.model.baselines.ulim import UlimConfig
@@ -64,6 +66,9 @@ def main() -> None:
 
         Training.run_step = fatal  # type: ignore[method-assign]
     torch.set_num_threads(1)
+    if "FAIL" in os.environ:
+        sys.argv = ["longretriever", "train", stores, "--out", f"{out}/model", "--dim", "8", "--epochs", "1"]
+        cli.main()
     for nth, store in enumerate(stores.split(":")):
         for name in names:
             path = Path(out) / (f"{name}-{nth}" if nth else name)
