@@ -7,8 +7,10 @@ Each of the three learners of the default model trains by itself, one process on
 processor each (pinned, one thread, started by torchrun), in turn and from scratch, in one run, so that the
 ratios hold on a noisy machine; of each the median of the turns. "shards" is one process with the two shards
 that two processes have: the difference to "1 process" is what sharing out costs by itself. "sent" is what one
-process sends in a step. "waits" is the share of the time in which it waits for the other, or for the network;
-"uneven" is what the plan foresees of the fuller shard's work beyond the mean's.
+process sends in a step. "by processor time" is the ratio that would be if nobody waited: samples for each
+second in which a processor worked, twice; it also holds where others use the machine. "waits" is the share of
+the time in which it waits for the other, or for the network; "uneven" is what the plan foresees of the fuller
+shard's work beyond the mean's.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,22 +55,22 @@ def measure(store: str, learner: str, shards: int, seconds: float, step_samples:
         of_run = {"minutes": seconds / 60, "epochs": 10_000, "shards": shards if shards > 1 else None}
         run = Training(Store.open(store), replace(base, **of_run, step_samples=step_samples), 1, wire)
         run.begin()
-        marks: list[tuple[float, int, int, float, int]] = []
+        marks: list[tuple[float, int, int, float, int, float]] = []
 
         def mark(tick: Any) -> None:
             at = tick.position
-            marks.append(
-                (at.seconds, at.samples, at.steps, at.waiting_for_others, sum(run.exchange.sent.values()))
-            )
+            sent, worked = sum(run.exchange.sent.values()), time.process_time()
+            marks.append((at.seconds, at.samples, at.steps, at.waiting_for_others, sent, worked))
 
         while not run.at.finished:
             run.run_epoch(lambda: None, mark)
             run.at.epoch, run.at.step = run.at.epoch + 1, 0
         first = next(m for m in marks if m[0] >= seconds / 5)
-        wall, samples, steps, waits, sent = (b - a for a, b in zip(first, marks[-1], strict=True))
+        wall, samples, steps, waits, sent, worked = (b - a for a, b in zip(first, marks[-1], strict=True))
         work = [1.0] if run.plan is None else run.plan.work
         return {
             "samples_per_second": samples / wall,
+            "samples_per_processor_second": samples / float(wire.total([worked])[0]),
             "sent_bytes_per_step": sent / steps,
             "waits": waits / wall,
             "uneven": max(work) / (sum(work) / len(work)) - 1,
@@ -94,8 +97,10 @@ def compare(store: str, seconds: float, turns: int, step_samples: int) -> dict[s
             for way, values in found.items():
                 values.append(_measured(store, learner, way, seconds, step_samples))
         median = {way: {k: statistics.median(v[k] for v in vs) for k in vs[0]} for way, vs in found.items()}
-        one, two = (median[way]["samples_per_second"] for way in ("1 process", "2 processes"))
-        result[learner] = {**median, "ratio": two / one}
+        ends = median["1 process"], median["2 processes"]
+        one, two = (m["samples_per_second"] for m in ends)
+        one_worked, two_worked = (m["samples_per_processor_second"] for m in ends)
+        result[learner] = {**median, "ratio": two / one, "by_processor_time": 2 * two_worked / one_worked}
     return result
 
 
@@ -129,19 +134,20 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    names = (*WAYS, "ratio", "sent, MB a step", "waits", "uneven")
-    table = Table("samples/s", *names, min_width=100, title=f"steps of {options.step_samples:,} samples")
+    names = (*WAYS, "ratio", "by processor time", "sent, MB a step", "waits", "uneven")
+    table = Table("samples/s", *names, title=f"steps of {options.step_samples:,} samples")
     for learner, row in result.items():
         two = row["2 processes"]
         table.add_row(
             learner,
             *(f"{row[way]['samples_per_second']:,.0f}" for way in WAYS),
             f"{row['ratio']:.2f}",
+            f"{row['by_processor_time']:.2f}",
             f"{two['sent_bytes_per_step'] / 1e6:.2f}",
             f"{two['waits']:.1%}",
             f"{two['uneven']:.1%}",
         )
-    Console().print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

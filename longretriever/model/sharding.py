@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from longretriever.model.exchange import Wire
 
 _EVEN = 1.1  # the fullest shard may have so many times the mean before a category is split
-_OF_SAMPLE = 80  # scores of an item as dear as a sample's way through the towers, for each unit of width
+_OF_SAMPLE = 20  # scores of an item as dear as a sample's way through the towers, for each unit of width
 _OF_VECTOR = 40  # the same, of making one item's vector and updating its row
 _FINE = 1_000_000  # samples are summed as whole millionths, which come to the same in any order
 _CHUNK = 1 << 20  # lines counted at once
