@@ -26,6 +26,7 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/ingest.py --events 2000000
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/serving.py --events 1000000 --users 200 --items 200000 --categories 1000
 	$(BIN)/python benchmarks/routing.py

@@ -112,11 +112,12 @@ def of_limit(store_path: str, config: TrainConfig, steps: int = 40) -> dict[str,
     whole, bare, samples = 0.0, 0.0, 0
     for n, plan in zip(range(steps + 5), plans, strict=False):
         parts = run.batches.assemble(plan, rng, config.parts)
+        turn = run.exchange.turn(parts, [(nth,) for nth in range(len(parts))], True)
         began = time.perf_counter()
-        run.run_step(parts)
+        run.run_step(turn)
         took = time.perf_counter() - began
         with _Products() as products:  # slower for being watched, so not the step that is timed
-            run.run_step(parts)
+            run.run_step(turn)
         operands = [(torch.randn(a), torch.randn(b)) for a, b in products.shapes]
         began = time.perf_counter()
         for a, b in operands:

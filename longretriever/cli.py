@@ -10,6 +10,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -235,15 +236,19 @@ def train(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="To learn from at most.")] = None,
     threads: Threads = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="Of several processes (torchrun); default one each.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished training.")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Between checkpoints.")] = 120,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Train a model; goes on by itself where a killed training of the same settings stopped."""
+    torch_train = _training()
+    from longretriever.model.exchange import joined
     from longretriever.store.behaviors import Store
 
-    torch_train = _training()
     given: dict[str, Any] = {
         "encoder": encoder,
         "samples": samples,
@@ -254,19 +259,23 @@ def train(
         "context_length": context_length,
         "step_samples": step_samples,
         "validation": validation,
+        "shards": shards,
     }
-    config = _configured(method, preset, {**given, "seed": seed})
-    opened = Store.open(store)
-    with training_bar() as progress:
-        at = torch_train(
-            opened,
-            path,
-            config,
-            progress=progress,
-            fresh=fresh,
-            checkpoint_seconds=checkpoint_seconds,
-            threads=threads,
-        )
+    with joined() as processes:  # from the beginning, so that of several one says what is wrong
+        config = _configured(method, preset, {**given, "seed": seed})
+        opened = Store.open(store)
+        with training_bar() if processes.first else nullcontext() as progress:
+            at = torch_train(
+                opened,
+                path,
+                config,
+                progress=progress,
+                fresh=fresh,
+                checkpoint_seconds=checkpoint_seconds,
+                threads=threads,
+            )
+        if not processes.first:
+            return
     facts = {"path": str(path), "config": asdict(config), "training": asdict(at)}
     summary = {
         "model": path,
@@ -278,6 +287,11 @@ def train(
         else "no held-out events",
         "ended because": at.finished,
     }
+    if at.sent:
+        waited = at.waiting_for_others / max(at.seconds, 1e-9)
+        summary["between processes"] = (
+            f"{sum(at.sent.values()) / max(1, at.steps) / 1e6:.2f} MB a step, of the time {waited:.1%}"
+        )
     for name, of in at.beside.items():
         gain, seconds = max(of["validation"], default=None), of["seconds"]
         summary[LEARNING[name]] = f"{seconds:.0f} s" + (f", {gain:.3f} nats below chance" if gain else "")

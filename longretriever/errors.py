@@ -13,6 +13,7 @@ LongRetrieverError
 │   └── NotLoaded         shards or a database do not have this model, or not yet
 ├── EngineFailed          what computes an ingest stopped: a worker died, a disk is full
 ├── Unavailable           live events cannot be read or written now; that may pass
+├── ProcessLost           another process of a training ended
 ├── RequestFailed         a server refused a request, or could not be reached
 └── MissingExtra          an optional part is not installed
 
@@ -78,6 +79,10 @@ class EngineFailed(LongRetrieverError):
 
 class Unavailable(LongRetrieverError):
     """Live events cannot be read or written now: their server is gone, full, or being started."""
+
+
+class ProcessLost(LongRetrieverError):
+    """Another process of a training was killed or cannot be reached."""
 
 
 class RequestFailed(LongRetrieverError):

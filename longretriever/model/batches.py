@@ -17,7 +17,8 @@ B rows, N behaviors of a row, S samples, R recent behaviors, P profile fields, U
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
@@ -175,6 +176,14 @@ class Sampling:
             )
 
 
+class Cost(NamedTuple):
+    """What a step of a shard may cost, and what makes it up; in any unit."""
+
+    budget: float
+    of_sample: np.ndarray  # [C] of that category
+    of_batch: np.ndarray  # [C] beside its samples
+
+
 class CategoryCache:
     """A buffer for each category; hands out one-category batches.
 
@@ -293,19 +302,55 @@ class Batches:
         self._position = np.empty(store.n_items, np.int32)
         self._named = np.zeros(store.n_items, bool)
         self._share: np.ndarray | None = None
+        self.key: tuple[int, ...] = ()
+        """Beside seed and epoch, what the order depends on: the number of a shard."""
+        self._lines: np.ndarray | None = None  # of a shard, ascending; None: all
+        self._cost: Cost | None = None
+        self._all = self
 
     @property
     def step_samples(self) -> int:
         return self.sampling.samples
 
+    @property
+    def by_category(self) -> bool:
+        """Whether batches of other categories need neither these samples nor these items."""
+        return not self.sampling.mixed
+
+    def shard(self, nth: int, lines: np.ndarray, samples: int, cost: Cost) -> Batches:
+        """The samples on these lines (ascending): full batches are of so many, steps cost alike."""
+        part = copy(self)
+        part.__dict__.pop("n_samples", None)
+        part.key, part._lines, part._cost = (nth,), lines, cost
+        part.sampling = replace(self.sampling, samples=samples)
+        return part
+
+    def _nth_lines(self, at: np.ndarray) -> np.ndarray:
+        return at if self._lines is None else self._lines[at]
+
+    @property
+    def _n_lines(self) -> int:
+        return len(self.lines.start) - 1 if self._lines is None else len(self._lines)
+
     @cached_property
     def n_samples(self) -> int:
         """Of one epoch; with `most` or `half_life`, about."""
-        n_lines, total = len(self.lines.start) - 1, 0.0
+        n_lines, total = self._n_lines, 0.0
         for at in range(0, n_lines, 1 << 20):
-            rows = self.rows(np.arange(at, min(at + (1 << 20), n_lines)), None)
+            rows = self.rows(self._nth_lines(np.arange(at, min(at + (1 << 20), n_lines))), None)
             total += float(self.expected(rows).sum())
         return round(total)
+
+    def expected_of_users(self) -> np.ndarray:
+        """[U] how many samples of each user an epoch keeps, on average."""
+        n_lines, total = len(self.lines.start) - 1, np.zeros(self.store.n_users)
+        for at in range(0, n_lines, 1 << 20):
+            rows = self.rows(np.arange(at, min(at + (1 << 20), n_lines)), None)
+            user = self.lines.user[rows.group].astype(np.int64)
+            first = user.min(initial=self.store.n_users)
+            found = np.bincount(user - first, self.expected(rows))
+            total[first : first + len(found)] += found
+        return total
 
     def expected(self, rows: Rows) -> np.ndarray:
         """[n] how many samples of each row an epoch keeps, on average."""
@@ -380,17 +425,17 @@ class Batches:
     def epoch(self, seed: int, epoch: int) -> Iterator[list[Rows]]:
         """One pass over the samples as steps; each element of a step holds rows of one category.
 
-        With `mixed`, an element holds rows of all. The order depends on (seed, epoch) alone.
+        With `mixed`, an element holds rows of all. The order depends on (seed, epoch) and the shard alone.
         """
-        s, rng = self.sampling, np.random.default_rng([seed, epoch])
-        n_lines = len(self.lines.start) - 1
+        s, rng = self.sampling, np.random.default_rng([seed, epoch, *self.key])
+        n_lines = self._n_lines
         blocks = rng.permutation(-(-n_lines // _BLOCK))
         cache = CategoryCache(s.samples, s.max_wait * s.samples)
 
         def batches() -> Iterator[tuple[int, Rows]]:
             for at in range(0, len(blocks), _WINDOW):
                 lines = (blocks[at : at + _WINDOW, None] * _BLOCK + np.arange(_BLOCK)).ravel()
-                rows = self._thinned(self.rows(lines[lines < n_lines], rng), rng)
+                rows = self._thinned(self.rows(self._nth_lines(lines[lines < n_lines]), rng), rng)
                 yield from cache.add(self._buffer(rows), rows)
             yield from cache.flush()
 
@@ -403,6 +448,32 @@ class Batches:
         return self.store.group_category[rows.group]
 
     def _steps(self, batches: Iterator[tuple[int, Rows]]) -> Iterator[list[Rows]]:
+        if self._cost is not None:
+            return self._even_steps(batches, self._cost)
+        return self._full_steps(batches)
+
+    def _even_steps(self, batches: Iterator[tuple[int, Rows]], cost: Cost) -> Iterator[list[Rows]]:
+        """Steps that cost alike, as other shards wait for each: batches are cut where a step is full."""
+        step: list[Rows] = []
+        left = cost.budget
+        for category, rows in batches:
+            while len(rows.group):
+                samples = np.cumsum(rows.samples)
+                spent = cost.of_batch[category] + cost.of_sample[category] * samples
+                fits = int(np.searchsorted(spent, left, side="right"))
+                if not step:  # vectors of a large category may cost more than a step should
+                    fits = max(1, fits, int(np.searchsorted(samples, self.sampling.samples / 2)))
+                if fits:
+                    step.append(rows.take(slice(0, fits)))
+                    left -= spent[min(fits, len(spent)) - 1]
+                    rows = rows.take(slice(fits, None))
+                if len(rows.group):
+                    yield step
+                    step, left = [], cost.budget + max(left, -cost.budget / 2)
+        if step:
+            yield step
+
+    def _full_steps(self, batches: Iterator[tuple[int, Rows]]) -> Iterator[list[Rows]]:
         step: list[Rows] = []
         size = 0
         for _, rows in batches:
@@ -420,7 +491,7 @@ class Batches:
 
         For validation: whole rows are drawn at random, the same for the same `rng`.
         """
-        rows = self.rows(np.arange(len(self.lines.start) - 1), None)
+        rows = self.rows(self._nth_lines(np.arange(self._n_lines)), None)
         late = first_not_before(self.lines, rows.first, rows.stop, np.full(len(rows.first), when + 1))
         start = rows.start
         if not self.sampling.within:  # a row with fewer targets may read further back
@@ -666,6 +737,8 @@ class Batches:
 
     def _item_share(self) -> np.ndarray:
         """[I] each item's part of the events of its category, or of all."""
+        if self._all is not self:
+            return self._all._item_share()  # counted once for all shards of a process
         if self._share is None:
             count = np.zeros(self.store.n_items, np.int64)
             for at in range(0, self.store.n_events, 1 << 22):  # a part at a time: the log may exceed memory

@@ -33,6 +33,7 @@ class Learning:
     weight_decay: float = 0.01
     step_samples: int | None = None  # None: some 700 steps an epoch, of 256 to 4096 samples
     parts: int = 2  # of a step, computed side by side where there are processors; changes the last digits
+    shards: int | None = None  # of a training by several processes; None: as many as there are processes
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,6 +45,7 @@ class Learning:
             ("step_samples", "to suit the log"),
             ("samples", "for no bound"),
             ("most", "for all"),
+            ("shards", "for as many as there are processes"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -65,6 +67,11 @@ class Learning:
     def learner(self, store: Store) -> Trainable:
         """The method with its first weights, for this store."""
         raise NotImplementedError(f"{type(self).__name__} is not the configuration of a method.")
+
+    @property
+    def parts_of_shard(self) -> int:
+        """Of a step, so that its `parts` are as many in all as without shards, where those are few."""
+        return -(-self.parts // (self.shards or 1))
 
     def samples_of_step(self, events: int) -> int:
         """Small logs need small steps: with 4,096 samples a step, 90,000 events make 22 updates an epoch, too

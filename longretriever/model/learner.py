@@ -160,6 +160,10 @@ class Lessons(Protocol):
     @property
     def step_samples(self) -> int: ...
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What random numbers depend on beside seed, epoch and step: the number of a shard."""
+
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]: ...
 
     def after(self, when: int, limit: int, rng: np.random.Generator) -> list[Any]: ...
@@ -174,7 +178,13 @@ class Trainable(Protocol):
 
     def batches(self, until: int, held_out: bool = False) -> Lessons: ...
 
-    def first_rows(self, until: int, generator: torch.Generator, work: Path | None = None) -> Tensor: ...
+    def first_rows(
+        self,
+        until: int,
+        generator: torch.Generator,
+        work: Path | None = None,
+        items: Sequence[slice] | None = None,
+    ) -> Tensor: ...
 
     def loss(self, rows_Ud: Tensor, step: Any, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -225,17 +235,24 @@ class Learner(nn.Module):
             sampling = Sampling(**{**vars(sampling), "distance": 0.0})
         return Batches(self.store, sampling, until)
 
-    def first_rows(self, until: int, generator: torch.Generator, work: Path | None = None) -> Tensor:
+    def first_rows(
+        self,
+        until: int,
+        generator: torch.Generator,
+        work: Path | None = None,
+        items: Sequence[slice] | None = None,
+    ) -> Tensor:
         """[I, d] the item rows before training: noise, or with a warm start factors of who met what.
 
-        Factors are kept in the folder `work`, and found there.
+        Factors are kept in the folder `work`, and found there. `items`: only the rows of these, in order.
         """
         if self.config.warm_start:
             from longretriever.model.warm import kept_item_factors
 
             dim, seed = self.config.dim, self.config.seed
-            return torch.from_numpy(kept_item_factors(work, self.store, until, dim, seed))
-        return torch.randn(self.store.n_items, self.config.dim, generator=generator) * 0.05
+            return torch.from_numpy(kept_item_factors(work, self.store, until, dim, seed, items))
+        n = self.store.n_items if items is None else sum(part.stop - part.start for part in items)
+        return torch.randn(n, self.config.dim, generator=generator) * 0.05
 
     def tokens(self, rows_Ud: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
         """[U, d] what the user tower reads as a behavior of each item that the step names.

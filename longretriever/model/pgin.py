@@ -14,7 +14,8 @@ B requests, P categories met, R recent behaviors, F features, C categories, d wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,6 +162,8 @@ class Lessons:
     def __init__(self, store: Store, config: PginConfig, until: int, held_out: bool) -> None:
         self.store, self.config, self.until, self.held_out = store, config, until, held_out
         self.user_start = store.group_start[store.user_group].astype(np.int64)
+        self.users = slice(0, store.n_users)
+        self.key: tuple[int, ...] = ()
         self.step_samples = config.samples_of_step(self.n_samples)
 
     @cached_property
@@ -173,8 +176,8 @@ class Lessons:
 
         With the position of the first of each part.
         """
-        c, size = self.config, np.diff(self.user_start)
-        for at in range(0, len(size), 1 << 16):
+        c, size = self.config, np.diff(self.user_start[: self.users.stop + 1])
+        for at in range(self.users.start, self.users.stop, 1 << 16):
             part = size[at : at + (1 << 16)]
             share = np.repeat(of_heavy(part, c.most), part)
             first = int(self.user_start[at])
@@ -183,15 +186,31 @@ class Lessons:
                 share *= weight(self.store.event_time[row], self.until, c.half_life)
             yield first, share
 
+    def expected_of_users(self) -> np.ndarray:
+        """[U] how many samples of each user an epoch draws, on average."""
+        parts, start = [np.zeros(0)], self.user_start
+        for first, share in self._kept():
+            a, b = np.searchsorted(start, [first, first + len(share)])
+            parts.append(np.diff(np.r_[0, np.cumsum(share)][start[a : b + 1] - first]))
+        return np.concatenate(parts)
+
+    def shard(self, nth: int, users: slice, step_samples: int) -> Lessons:
+        """The samples of a range of users, in steps of so many."""
+        part = copy(self)
+        part.__dict__.pop("n_samples", None)
+        part.key, part.users, part.step_samples = (nth,), users, step_samples
+        return part
+
     def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
-        """Steps of positions in `Store.time_order`; the order depends on (seed, epoch) alone."""
-        rng = np.random.default_rng([seed, epoch])
+        """Steps of positions in `Store.time_order`; the order depends on (seed, epoch, shard) alone."""
+        rng = np.random.default_rng([seed, epoch, *self.key])
         chosen = [first + np.flatnonzero(rng.random(len(share)) < share) for first, share in self._kept()]
-        return self._steps(rng.permutation(np.concatenate(chosen)))
+        return self._steps(rng.permutation(np.concatenate([np.zeros(0, np.int64), *chosen])))
 
     def after(self, when: int, limit: int, rng: np.random.Generator) -> list[np.ndarray]:
         """Steps of about `limit` samples later than `when`, evenly over the events there."""
-        late = np.flatnonzero(self.store.event_time > when)
+        first, last = self.user_start[self.users.start], self.user_start[self.users.stop]
+        late = first + np.flatnonzero(self.store.event_time[first:last] > when)
         late = self.store.time_position[late[self.store.event_time[late] <= self.until]]
         return list(self._steps(rng.permutation(late)[:limit].astype(np.int64)))
 
@@ -243,7 +262,13 @@ class PginLearner(nn.Module):
     def batches(self, until: int, held_out: bool = False) -> Lessons:
         return Lessons(self.store, self.config, until, held_out)
 
-    def first_rows(self, until: int, generator: torch.Generator, work: Path | None = None) -> Tensor:
+    def first_rows(
+        self,
+        until: int,
+        generator: torch.Generator,
+        work: Path | None = None,
+        items: Sequence[slice] | None = None,
+    ) -> Tensor:
         return torch.empty(0, self.config.dim)
 
     def loss(self, rows_Ud: Tensor, step: Requests, generator: torch.Generator | None = None) -> Tensor:

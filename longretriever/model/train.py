@@ -5,6 +5,9 @@ a step names. The newest slice of the log is held out: after each epoch its loss
 are kept, and training stops when it no longer falls. The order of samples, the masks of dropout and the
 negatives depend on (seed, epoch, step) alone, so a run that was killed and resumed ends in the same weights
 (a bound in minutes aside: it ends wherever the clock says).
+
+Several processes train one model (`torchrun`): each computes the parts of a step that its shards hold, with
+the item rows that it keeps (`sharding.py`); what they tell each other is in `exchange.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,13 @@ from torch import Tensor
 
 from longretriever.errors import InputError
 from longretriever.events import SECONDS_PER_DAY
-from longretriever.model.checkpoint import load_state, save_model, save_state
+from longretriever.model.batches import Batches
+from longretriever.model.checkpoint import load_state, save_model, save_state, shards_of, sweep_rows
 from longretriever.model.config import Learning, TrainConfig
+from longretriever.model.exchange import Exchange, Turn, Wire, joined
 from longretriever.model.fading import half_life, newest_from
 from longretriever.model.learner import ItemRows, Lesson, Lessons
+from longretriever.model.sharding import Plan, plan_of, shard_of
 from longretriever.model.warm import FACTORS
 from longretriever.saved import check_replaceable, opening
 from longretriever.store.behaviors import Store
@@ -56,8 +62,10 @@ class Position:
     samples: int = 0
     seconds: float = 0.0
     waiting: float = 0.0  # seconds in which the model waited for data
+    waiting_for_others: float = 0.0  # and for other processes, or for the network
     tokens: int = 0
     padded: int = 0
+    sent: dict[str, int] = field(default_factory=dict)  # bytes between processes, by what for
     validation: list[float] = field(default_factory=list)  # nats below chance, after each epoch
     curve: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, samples, that figure
     best: int = -1  # epoch with the best validation
@@ -85,7 +93,10 @@ class Tick:
 class Training:
     """Weights, optimizers and position of one run; `train` is the function to call."""
 
-    def __init__(self, store: Store, config: Learning, threads: int | None = None) -> None:
+    def __init__(
+        self, store: Store, config: Learning, threads: int | None = None, wire: Wire | None = None
+    ) -> None:
+        wire = wire or Wire()
         if config.half_life is None:
             config = replace(config, half_life=half_life(store))
         self.store, self.config, self.at = store, config, Position()
@@ -93,17 +104,24 @@ class Training:
         torch.manual_seed(config.seed)
         self.learner = config.learner(store)
         self.batches = self.learner.batches(self.boundary)
-        self.held_out = self.learner.batches(store.last_time, held_out=True)
-        if self.batches.n_samples == 0:
+        self.lessons, self.held_out, self.plan = self._shared_out(wire)
+        self.wire, self.exchange = wire, Exchange(wire, self.plan)
+        self.n_samples = self.batches.n_samples if self.plan is None else round(self.plan.samples.sum())
+        if self.n_samples == 0:
             raise InputError(
                 f"nothing to learn from: {store.n_events:,} events in {store.n_categories:,} categories, but "
                 "no category has two items or more. Check the category column of the log."
             )
-        self.epochs = config.epochs_for(self.batches.n_samples, self.batches.step_samples)
+        self.epochs = config.epochs_for(self.n_samples, self.batches.step_samples)
         self.minutes = config.minutes and config.minutes * (1 - sum(SHARES[name] for name in _beside(config)))
-        self.total = min(self.batches.n_samples * self.epochs, config.samples or sys.maxsize)
-        self.workers = ThreadPoolExecutor(min(config.parts, threads or config.parts))
+        self.total = min(self.n_samples * self.epochs, config.samples or sys.maxsize)
+        self.parts = config.parts_of_shard * max(1, len(self.lessons))  # of a step, that are computed here
+        most = threads or max(config.parts, os.cpu_count() or 1)
+        self.workers = ThreadPoolExecutor(min(self.parts, most))
         self.rows = ItemRows(torch.empty(0, config.dim), config.row_lr)
+        self.began, self.clock = time.perf_counter(), 0.0
+        self.sent = self.exchange.sent
+        self.saved_rows: tuple[int, dict[str, str]] = (-1, {})  # after how many steps, and where
         self.optimizer = torch.optim.AdamW(
             self.learner.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
@@ -111,8 +129,46 @@ class Training:
     def begin(self, work: Path | None = None) -> None:
         """Give the item rows their first values; a resumed run has others. What may be used again is kept
         in the folder `work`."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        self.rows = ItemRows(self.learner.first_rows(self.boundary, generator, work), self.config.row_lr)
+        seed, plan = self.config.seed, self.plan
+        if plan is None:
+            rows = self.learner.first_rows(self.boundary, torch.Generator().manual_seed(seed), work)
+        else:
+
+            def mine() -> list[Tensor]:
+                return [
+                    self.learner.first_rows(
+                        self.boundary,
+                        torch.Generator().manual_seed(_mixed(seed, shard)),
+                        work,
+                        plan.ranges(shard),
+                    )
+                    for shard in plan.mine
+                ]
+
+            first = mine() if self.wire.first else []  # who comes first makes the file of factors
+            self.wire.meet()
+            rows = torch.cat([torch.empty(0, self.config.dim), *(first or mine())])
+        self.rows = ItemRows(rows, self.config.row_lr)
+
+    def _shared_out(self, wire: Wire) -> tuple[list[Lessons], list[tuple[Lessons, float]], Plan | None]:
+        """What this process learns from; what it validates on, with shares; the plan, if there is one."""
+        store, dim, whole = self.store, self.config.dim, self.batches
+        late = self.learner.batches(store.last_time, held_out=True)
+        shards = self.config.shards or 1
+        if shards == 1:
+            return [whole], [(late, 1.0)], None
+        plan = plan_of(whole, store, shards, dim, wire)  # type: ignore[arg-type]
+
+        def shard(of: Any, nth: int) -> Lessons:
+            if isinstance(of, Batches):
+                return shard_of(of, plan, nth, dim)
+            assert plan.users is not None
+            samples = max(1, round(of.step_samples * plan.samples[nth] / max(plan.samples.sum(), 1e-9)))
+            return of.shard(nth, slice(*plan.users[nth : nth + 2].tolist()), samples)
+
+        share = plan.samples / max(plan.samples.sum(), 1e-9)
+        held_out = [(shard(late, nth), float(share[nth])) for nth in plan.mine]
+        return [shard(whole, nth) for nth in plan.mine], held_out, plan
 
     @property
     def share(self) -> float:
@@ -120,49 +176,59 @@ class Training:
         by_clock = self.at.seconds / (60 * self.minutes) if self.minutes else 0.0
         return min(1.0, max(self.at.samples / self.total, by_clock))
 
-    def run_step(self, parts: Sequence[Lesson]) -> float:
+    def run_step(self, turn: Turn) -> float:
         """One optimizer step; the summed loss.
 
         Parts run side by side on a thread each, and their gradients are added in their order, so the result
         does not depend on the threads. Two threads of one processor each, and not one operation on both:
         operations are short, and waiting for the slower half of each costs more than the half saves.
         """
-        c = self.config
-        factor = min(1.0, (self.at.steps + 1) / _WARM_UP) * max(_LAST_RATE, 1 - self.share)
+        c, at = self.config, self.at
+        factor = min(1.0, (at.steps + 1) / _WARM_UP) * max(_LAST_RATE, 1 - self.share)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * factor
-        numbers = [torch.from_numpy(part.numbers) for part in parts]
-        rows = [self.rows.gather(named) for named in numbers]
+        rows = turn.gather(self.rows)
         parameters = list(self.learner.parameters())
-        samples = sum(part.samples for part in parts)
 
         def compute(nth: int) -> tuple[float, Sequence[Tensor]]:
-            seed = _mixed(c.seed, self.at.epoch, self.at.step, nth)
+            seed = _mixed(c.seed, at.epoch, at.step, *turn.keys[nth])
             generator = torch.Generator().manual_seed(seed)  # of the masks of dropout
-            loss = self.learner.loss(rows[nth], parts[nth], generator)
+            loss = self.learner.loss(rows[nth], turn.parts[nth], generator)
             leaves = [*parameters, rows[nth]]
-            return loss.item(), torch.autograd.grad(loss / samples, leaves, materialize_grads=True)
+            return loss.item(), torch.autograd.grad(loss / turn.samples, leaves, materialize_grads=True)
 
-        done = list(self.workers.map(compute, range(len(parts))))
-        for parameter, grads in zip(parameters, zip(*(g for _, g in done), strict=True), strict=False):
-            parameter.grad = sum(grads[1:], start=grads[0])
+        done = list(self.workers.map(compute, range(len(turn.parts))))
+        dense = [sum(grads[1:], start=grads[0]) for grads in zip(*(g[:-1] for _, g in done), strict=True)]
+        dense = dense or [torch.zeros_like(parameter) for parameter in parameters]
+        said = [sum(loss for loss, _ in done), self._seconds if self.wire.first else 0.0]
+        dense, (loss, self.clock) = self.wire.add(dense, said)
+        for parameter, grad in zip(parameters, dense, strict=True):
+            parameter.grad = grad
         self.optimizer.step()
-        self.rows.update([(named, g[-1]) for named, (_, g) in zip(numbers, done, strict=True)], factor)
-        return sum(loss for loss, _ in done)
+        turn.update(self.rows, [grads[-1] for _, grads in done], factor)
+        return loss
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.began
 
     def run_epoch(self, save: Callable[[], None], progress: Callable[[Tick], None] | None) -> None:
         """From the current position to the end of its epoch, or of the minutes."""
-        at, began, before = self.at, time.perf_counter(), self.at.seconds
-        plan = islice(self.batches.epoch(self.config.seed, at.epoch), at.step, None)
-        for parts, waited in _read_ahead(self.batches, plan, self.config, at):
-            samples, chance = sum(p.samples for p in parts), sum(p.chance for p in parts)
-            loss = self.run_step(parts) if parts else 0.0
-            at.step, at.steps, at.samples = at.step + 1, at.steps + 1, at.samples + samples
-            at.waiting, at.seconds = at.waiting + waited, before + time.perf_counter() - began
-            at.tokens += sum(p.tokens for p in parts)
-            at.padded += sum(p.padded for p in parts)
-            if progress and samples:
-                progress(Tick(at, self.share, loss / samples, chance / samples, at.samples / at.seconds))
+        at = self.at
+        self.began = time.perf_counter() - at.seconds
+        for turn, waited in self._read_ahead():
+            others = self.wire.waited
+            loss = self.run_step(turn) if turn.samples else 0.0
+            at.step, at.steps, at.samples = at.step + 1, at.steps + 1, at.samples + turn.samples
+            at.waiting, at.waiting_for_others = (
+                at.waiting + waited,
+                at.waiting_for_others + self.wire.waited - others,
+            )
+            at.seconds = self._seconds if self.wire.world == 1 else self.clock  # the first one's, for all
+            at.tokens, at.padded = at.tokens + turn.tokens, at.padded + turn.padded
+            if progress and turn.samples:
+                loss, chance = loss / turn.samples, turn.chance / turn.samples
+                progress(Tick(at, self.share, loss, chance, at.samples / max(at.seconds, 1e-9)))
             save()
             if self.minutes and at.seconds >= 60 * self.minutes:
                 at.finished = f"{60 * self.minutes:g} seconds are over"
@@ -171,21 +237,56 @@ class Training:
                 at.finished = f"{self.config.samples:,} samples are learned"
                 break
 
+    def _read_ahead(self) -> Iterator[tuple[Turn, float]]:
+        """Assemble steps on another thread while the model computes; yields (step, seconds waited for it)."""
+        c, epoch, first = self.config, self.at.epoch, self.at.step
+        plans = [islice(lessons.epoch(c.seed, epoch), first, None) for lessons in self.lessons]
+
+        failed: list[Exception] = []
+
+        def read(nth: int) -> Turn | None:
+            if failed:  # nothing more is told to the others, who would take it for the step that failed
+                raise failed[0]
+            rngs = [np.random.default_rng([c.seed, epoch, nth, *lessons.key]) for lessons in self.lessons]
+            try:
+                return self.exchange.turn(*_assembled(self.lessons, plans, rngs, c.parts_of_shard))
+            except Exception as error:
+                failed.append(error)
+                raise
+
+        with ThreadPoolExecutor(1) as reader:  # one: `assemble` has scratch arrays of its own
+            waiting = deque(reader.submit(read, nth) for nth in range(first, first + PREFETCH))
+            for nth in count(first + PREFETCH):
+                began = time.perf_counter()
+                turn = waiting.popleft().result()
+                waited = time.perf_counter() - began
+                if turn is None:
+                    return
+                waiting.append(reader.submit(read, nth))
+                yield turn, waited
+
     @torch.no_grad()
     def validate(self) -> float | None:
         """Nats below chance, a sample, on events that training has not seen; None if there are none."""
-        rng, gain, samples = np.random.default_rng(self.config.seed), 0.0, 0
-        for plan in self.held_out.after(self.boundary, _VALIDATION_SAMPLES, rng):
-            for step in self.held_out.assemble(plan, rng):
-                rows_Ud = self.rows.weight[torch.from_numpy(step.numbers)]
-                loss = self.learner.loss(rows_Ud, step)
-                gain, samples = gain + step.chance - loss.item(), samples + step.samples
+        lessons, seed = [lessons for lessons, _ in self.held_out], self.config.seed
+        rngs = [np.random.default_rng([seed, *of.key] if of.key else seed) for of in lessons]
+        limits = [round(_VALIDATION_SAMPLES * share) for _, share in self.held_out]
+        plans = [
+            iter(of.after(self.boundary, n, rng)) for of, n, rng in zip(lessons, limits, rngs, strict=True)
+        ]
+        gain, samples = 0.0, 0
+        while (turn := self.exchange.turn(*_assembled(lessons, plans, rngs, 1), self.wire)) is not None:
+            for part, rows_Ud in zip(turn.parts, turn.gather(self.rows), strict=True):
+                loss = self.learner.loss(rows_Ud, part)
+                gain, samples = gain + part.chance - loss.item(), samples + part.samples
+        gain, samples = self.wire.total([gain, samples]).tolist()
         return gain / samples if samples else None
 
     def end_epoch(self) -> float | None:
         """Validate, move on to the next epoch, and decide whether there is to be one."""
         at, c = self.at, self.config
         gain = self.validate()
+        self._count_sent()
         if gain is not None:
             at.validation.append(gain)
             at.curve.append((round(at.seconds, 3), at.samples, round(gain, 6)))
@@ -197,6 +298,14 @@ class Training:
         if at.epoch >= self.epochs and not at.finished:
             at.finished = f"{self.epochs} epochs are done"
         return gain
+
+    def _count_sent(self) -> None:
+        if self.wire.world > 1:
+            before, self.sent = self.sent, self.exchange.sent
+            new = self.wire.total([self.sent[kind] - before[kind] for kind in self.sent]).tolist()
+            self.at.sent = {
+                kind: self.at.sent.get(kind, 0) + n for kind, n in zip(self.sent, new, strict=True)
+            }
 
 
 def train(
@@ -219,46 +328,88 @@ def train(
     the model is saved. Memory is that of the weights plus a few steps, whatever the size of the log.
     `threads` is how many processors to use, all by default; PyTorch's own number is set back afterwards.
 
-    Raises `InputError` for a store that has nothing to learn from.
+    Under `torchrun`, or in an initialised process group of `torch.distributed`, all processes train one
+    model: each calls this with the same arguments, `store` and `out` on a disk that all see; only the first
+    one's `progress` is called.
+
+    Raises `InputError` for a store that has nothing to learn from, `ProcessLost` where another process ended.
     """
-    target = Path(out)
+    with joined() as wire:
+        said = progress if wire.first else None
+        if wire.world > 1:
+            threads = threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        return _train(store, Path(out), config, wire, said, checkpoint_seconds, fresh, threads)
+
+
+def _train(
+    store: Store,
+    target: Path,
+    config: Learning,
+    wire: Wire,
+    progress: Callable[[Tick], None] | None,
+    checkpoint_seconds: float,
+    fresh: bool,
+    threads: int | None,
+) -> Position:
     work = target.with_name(f".{target.name}.training")
-    run = Training(store, config, threads)
-    check_replaceable(target, run.learner.kind)  # now, and not after hours of training
-    if fresh:
+    latest, best = work / "latest", work / "best"
+    if fresh and wire.first:
         shutil.rmtree(work, ignore_errors=True)
-    if (work / "latest").exists():  # not `work`: a run may be killed while it writes its first checkpoint
-        load_state(work / "latest", run)
+    # `latest` and not `work`: a run may be killed while it writes its first checkpoint
+    resumed = wire.from_first(not fresh and latest.exists())
+    run = Training(store, _with_shards(config, latest if resumed else None, wire), threads, wire)
+    check_replaceable(target, run.learner.kind)  # now, and not after hours of training
+    if wire.first and run.plan is not None:
+        sweep_rows(work)
+    wire.meet()
+    if resumed:
+        load_state(latest, run)
     else:
         run.begin(work)
-    saved_at = time.perf_counter()
+    saved_at = run.at.seconds
 
     def save_now_and_then() -> None:
         nonlocal saved_at
-        if time.perf_counter() - saved_at >= checkpoint_seconds:
-            save_state(run, work / "latest")
-            saved_at = time.perf_counter()
+        if run.at.seconds - saved_at >= checkpoint_seconds:
+            save_state(run, latest)
+            saved_at = run.at.seconds
 
-    with _processors(threads, config.parts):
+    with _processors(threads, run.parts):
         while not run.at.finished:
             run.run_epoch(save_now_and_then, progress)
             gain = run.end_epoch()
             if run.at.best == run.at.epoch - 1:
-                save_state(run, work / "best")
-            save_state(run, work / "latest")
-            saved_at = time.perf_counter()
+                save_state(run, best)
+            save_state(run, latest)
+            saved_at = run.at.seconds
             if progress:
                 progress(Tick(run.at, run.share, float("nan"), float("nan"), _rate(run.at), gain))
-    position = run.at
+    position, kept = run.at, latest
     if position.validation and position.best < position.epoch - 1:
-        load_state(work / "best", run)
+        kept = best
+        load_state(best, run)
         run.at = position
     beside = {}
-    for name, of in _beside(config).items():
+    for name, of in _beside(run.config).items():
         beside[name] = _learn_beside(run, name, of, work, progress, checkpoint_seconds, threads)
-    save_model(run, target, beside)
-    shutil.rmtree(work, ignore_errors=True)
+    if wire.first:
+        save_model(run, target, beside, kept)
+        shutil.rmtree(work, ignore_errors=True)
+    wire.meet()
     return position
+
+
+def _with_shards(config: Learning, unfinished: Path | None, wire: Wire) -> Learning:
+    """The number of shards is that of an unfinished training, or else of the processes."""
+    before = shards_of(unfinished) if unfinished else None
+    shards = config.shards or before or wire.world
+    if shards == 1 and wire.world > 1:
+        what = f"{unfinished} is an unfinished training with" if before else "there is"
+        raise InputError(
+            f"{what} one shard, which {wire.world} processes cannot share. "
+            "Go on with one process, or start anew with more shards and --fresh (fresh=True)."
+        )
+    return replace(config, shards=shards) if shards > 1 else config
 
 
 def _beside(config: Learning) -> dict[str, Learning]:
@@ -282,8 +433,8 @@ def _learn_beside(
         if progress:
             progress(replace(tick, learning=name))
 
-    path = work / name
-    if path.exists():  # a run was killed between that and the saving of the model
+    path, wire = work / name, run.wire
+    if wire.from_first(path.exists()):  # a run was killed between that and the saving of the model
         run.at.beside[name] = opening(path, "interests" if name == "interests" else "model").facts["training"]
         return path
     whole = run.config
@@ -291,11 +442,13 @@ def _learn_beside(
     if whole.minutes:
         left = (1 - sum(SHARES[n] for n in _beside(whole) if n not in run.at.beside)) * whole.minutes
         minutes = whole.minutes * SHARES[name] + max(0.0, left - run.at.all_seconds / 60)
-    _share_factors(work, path.with_name(f".{path.name}.training"))
+    if wire.first:
+        _share_factors(work, path.with_name(f".{path.name}.training"))
     config = replace(config, seed=whole.seed, minutes=minutes, samples=config.samples or whole.samples)
+    config = replace(config, shards=config.shards or whole.shards)
     if config.half_life is None:
         config = replace(config, half_life=whole.half_life)
-    at = train(run.store, path, config, progress=say, checkpoint_seconds=checkpoint_seconds, threads=threads)
+    at = _train(run.store, path, config, wire, say, checkpoint_seconds, False, threads)
     run.at.beside[name] = asdict(at)
     return path
 
@@ -339,27 +492,20 @@ def _boundary(store: Store, config: Learning) -> int:
     return int(store.last_time) if fades else boundary
 
 
-def _read_ahead(
-    batches: Lessons, plan: Iterator[Any], config: Learning, at: Position
-) -> Iterator[tuple[Sequence[Lesson], float]]:
-    """Assemble steps on another thread while the model computes; yields (parts, seconds waited for them)."""
-    waiting: deque[Future[Sequence[Lesson]]] = deque()
-    first, epoch = at.step, at.epoch
-    with ThreadPoolExecutor(1) as reader:  # one: `assemble` has scratch arrays of its own
-
-        def submit_next(nth: int) -> None:
-            rows = next(plan, None)
-            if rows is not None:
-                rng = np.random.default_rng([config.seed, epoch, nth])
-                waiting.append(reader.submit(batches.assemble, rows, rng, config.parts))
-
-        for nth in range(first, first + PREFETCH):
-            submit_next(nth)
-        nth = first + PREFETCH
-        while waiting:
-            began = time.perf_counter()
-            parts = waiting.popleft().result()
-            waited = time.perf_counter() - began
-            submit_next(nth)
-            nth += 1
-            yield parts, waited
+def _assembled(
+    lessons: Sequence[Lessons],
+    plans: Sequence[Iterator[Any]],
+    rngs: Sequence[np.random.Generator],
+    parts: int,
+) -> tuple[list[Lesson], list[tuple[int, ...]], bool]:
+    """The next step's parts of each shard here, their keys, and whether there was one."""
+    found: list[Lesson] = []
+    keys: list[tuple[int, ...]] = []
+    going = False
+    for of, plan, rng in zip(lessons, plans, rngs, strict=True):
+        if (rows := next(plan, None)) is not None:
+            mine = of.assemble(rows, rng, parts)
+            found += mine
+            keys += [(nth, *of.key) for nth in range(len(mine))]
+            going = True
+    return found, keys, going

@@ -9,7 +9,7 @@ Nothing here needs PyTorch. U users, I items; pairs of a user and an item count 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,10 +52,20 @@ def item_factors(store: Store, until: int, dim: int, seed: int, threads: int | N
     return factor
 
 
-def kept_item_factors(work: Path | None, store: Store, until: int, dim: int, seed: int) -> np.ndarray:
-    """The same, kept as a file in `work` for whoever needs them next: models of one training start alike."""
+def kept_item_factors(
+    work: Path | None,
+    store: Store,
+    until: int,
+    dim: int,
+    seed: int,
+    items: Sequence[slice] | None = None,
+) -> np.ndarray:
+    """The same, kept as a file in `work` for whoever needs them next: models of one training start alike.
+
+    `items`: only the rows of these; the others are not read.
+    """
     if work is None:
-        return item_factors(store, until, dim, seed)
+        return _of(items, item_factors(store, until, dim, seed))
     file = work / f"{FACTORS}{store.fingerprint[:16]}-{until}-{dim}-{seed}.npy"
     if not file.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -63,8 +73,11 @@ def kept_item_factors(work: Path | None, store: Store, until: int, dim: int, see
         with partial.open("wb") as out:
             np.save(out, item_factors(store, until, dim, seed))
         partial.replace(file)
-    found: np.ndarray = np.load(file)
-    return found
+    return _of(items, np.load(file, mmap_mode=None if items is None else "r"))
+
+
+def _of(items: Sequence[slice] | None, factor: np.ndarray) -> np.ndarray:
+    return factor if items is None else np.concatenate([factor[:0], *(factor[part] for part in items)])
 
 
 def iterations_for(pairs: int) -> int:

@@ -251,7 +251,8 @@ class Ulim(Learner):
     def batches(self, until: int, held_out: bool = False) -> Batches:
         batches = Mingled(self.store, self.sampling(), until)
         if not held_out:
-            self.log_meets = torch.from_numpy(log_meeting(batches, self.config.parts)).float()
+            parts = self.config.parts_of_shard * (self.config.shards or 1)
+            self.log_meets = torch.from_numpy(log_meeting(batches, parts)).float()
         return batches
 
     def forward(
@@ -390,6 +391,8 @@ class Mingled(Batches):
 
     Contests are within categories all the same, but items of more categories meet in a step.
     """
+
+    by_category = False
 
     def _buffer(self, rows: Rows) -> np.ndarray:
         return np.zeros(len(rows.group), np.int64)
