@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longretriever.errors import Mismatch
+from longretriever.model.pooling import pool
 from longretriever.saved import opening, writing
 
 if TYPE_CHECKING:
@@ -89,3 +90,6 @@ def save_model(run: Training, out: Path, beside: Mapping[str, Path]) -> None:
             "profile_fields": [asdict(field) for field in store.profile_fields],
             "trained_until": int(run.boundary),
         }
+        weight = getattr(run.config, "factors", 0.0)
+        if weight != 0:
+            folder.facts["factors"] = pool(folder, store, run.boundary, weight, run.config.seed)

@@ -61,7 +61,7 @@ def _index(
     before: Path | None,
 ) -> Path:
     """`asked` is the model whose users' vectors search all items here; None: all are looked at."""
-    chunks = (model.item_vectors(slice(at, at + _CHUNK)) for at in range(0, model.n_items, _CHUNK))
+    chunks = (model.searched_vectors(slice(at, at + _CHUNK)) for at in range(0, model.n_items, _CHUNK))
     clustering = None
     if asked is not None and model.asks_corpus and model.n_items >= clusters.FROM:
         clustering = (_carried(model, before) if before is not None else None) or _clustering(model, asked)
@@ -108,7 +108,7 @@ def _clustering(model: Model, asked: Model) -> Clustering | None:
     queries = busy_users_vectors(retriever, _QUERIES, np.random.default_rng(0))
     if len(queries) == 0:
         return None
-    groups = clusters.empty(clusters.centres(model.item_vectors, model.n_items))
+    groups = clusters.empty(clusters.centres(model.searched_vectors, model.n_items))
     return Clustering(groups, queries=queries[:_QUERIES])
 
 

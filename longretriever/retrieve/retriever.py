@@ -22,6 +22,7 @@ from longretriever.model.exported import Model, Request
 from longretriever.retrieve.interests import INTERESTS, Contexts, Interests, Pgin, RandomInTop
 from longretriever.retrieve.merge import MERGES, Merge, Ranked
 from longretriever.retrieve.numbers import Numbers
+from longretriever.retrieve.pooled import pooled
 from longretriever.retrieve.retrieval import Asked, Retrieval
 from longretriever.retrieve.rules import Ruled, Rules
 from longretriever.store.behaviors import Behaviors, Life, Store
@@ -223,6 +224,8 @@ class Retriever:
         if self._asks_all and len(lately.item):
             met = numbers.known(life.recent(self._of_all.model.context_length))
             request = Request(CORPUS, numbers.behaviors(met), recent, profile, life.now)
+            if self._of_all.model.factors is not None:
+                request = replace(request, met=numbers.met(life))
             others = sum(share for _, share in contexts) or 1.0
             share = others * model.whole_share / (1 - model.whole_share)
             out.append(((request, met if len(met.item) else lately), share))
@@ -247,7 +250,8 @@ class Retriever:
             at = np.flatnonzero(which).tolist()
             if at:
                 mine = [rows[i] for i in at], [shares[i] for i in at], [unwanted[i] for i in at]
-                for n, ranked in self._searched(searched, *mine, k, ruled, lap):
+                find = self._searched if searched.model.factors is None else pooled
+                for n, ranked in find(searched, *mine, k, ruled, lap):
                     yield at[n], ranked
 
     def _searched(
@@ -412,7 +416,7 @@ class Retriever:
 
     def corpus_vectors(self, lives: Sequence[Life]) -> np.ndarray:
         """[n, D] the user vectors that search all items, one or more of each life that has behaviors."""
-        found, model = [np.empty((0, self._of_all.model.dim), np.float32)], self._of_all.model
+        found, model = [np.empty((0, self._of_all.model.searched_dim), np.float32)], self._of_all.model
         for at in range(0, len(lives), BATCH):
             rows = [
                 request
@@ -421,7 +425,7 @@ class Retriever:
                 if request.category == CORPUS
             ]
             if rows:
-                found.append(model.user_vectors(rows).that_count())
+                found.append(model.searching_vectors(rows))
         return np.concatenate(found)
 
     def store_vectors(self) -> np.ndarray:
@@ -474,7 +478,7 @@ def _met_among(item: np.ndarray, met: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _opened(model: Model, index: str | os.PathLike[str], exact: bool, verify: bool) -> Index | ExactIndex:
     if exact:
-        return ExactIndex(model.item_vectors(slice(None)), model.category_start, model.removed)
+        return ExactIndex(model.searched_vectors(slice(None)), model.category_start, model.removed)
     opened = Index.open(index, verify)
     if opened.manifest.made_from.get("model") != model.fingerprint:
         raise Mismatch(
