@@ -75,7 +75,7 @@ def _grouped(groups: Clusters | None) -> Iterator[tuple[str, Answers]]:
 
 def _hnsw(retriever: Retriever) -> Iterator[tuple[str, Answers]]:
     model = retriever._of_all.model
-    vectors = model.item_vectors(slice(None))
+    vectors = model.searched_vectors(slice(None))
     graph = faiss.IndexHNSWSQ(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = 80
     start = time.perf_counter()

@@ -235,6 +235,9 @@ def train(
         float | None, typer.Option(min=0, help="Newest share of the log, held out.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="To learn from at most.")] = None,
+    factors: Annotated[
+        bool, typer.Option("--factors", help="Factors of who met what join the vector of all items.")
+    ] = False,
     threads: Threads = None,
     shards: Annotated[
         int | None, typer.Option(min=1, help="Of several processes (torchrun); default one each.")
@@ -247,6 +250,8 @@ def train(
     """Train a model; goes on by itself where a killed training of the same settings stopped."""
     torch_train = _training()
     from longretriever.model.exchange import joined
+    from longretriever.retrieve.retriever import WHOLE
+    from longretriever.saved import opening
     from longretriever.store.behaviors import Store
 
     given: dict[str, Any] = {
@@ -263,6 +268,8 @@ def train(
     }
     with joined() as processes:  # from the beginning, so that of several one says what is wrong
         config = _configured(method, preset, {**given, "seed": seed})
+        if factors:
+            config = _with_factors(config, method)
         opened = Store.open(store)
         with training_bar() if processes.first else nullcontext() as progress:
             at = torch_train(
@@ -295,6 +302,11 @@ def train(
     for name, of in at.beside.items():
         gain, seconds = max(of["validation"], default=None), of["seconds"]
         summary[LEARNING[name]] = f"{seconds:.0f} s" + (f", {gain:.3f} nats below chance" if gain else "")
+    if factors:
+        of = opening(path if method == "ebr" else path / WHOLE, "model").facts["factors"]
+        facts["factors"] = of
+        gained = f"{of['gain']:.3f} nats a request, {of['requests']} held out"
+        summary["factors"] = f"weight {of['weight']:g}: {gained}"
     show(facts, as_json, summary)
 
 
@@ -1297,6 +1309,15 @@ def _configured(method: str, preset: str | None, given: Mapping[str, Any]) -> An
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(strange))
         raise InputError(f"{names}: not an option of {method}. Leave it out.")
     return replace(config, **changes)
+
+
+def _with_factors(config: Any, method: str) -> Any:
+    """The same, with factors of the weight that what is held out asks for."""
+    whole = config if method == "ebr" else getattr(config, "whole", None)
+    if whole is None:
+        raise InputError("--factors: for longretriever (but not the paper's) and ebr. Leave it out.")
+    whole = replace(whole, factors=None)
+    return whole if method == "ebr" else replace(config, whole=whole)
 
 
 def _rules(

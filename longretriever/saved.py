@@ -63,6 +63,10 @@ class Folder:
     def save_array(self, name: str, array: np.ndarray) -> None:
         np.save(self.path / f"{name}.npy", array, allow_pickle=False)
 
+    def so_far(self, kind: str) -> Manifest:
+        """What has been written, for who reads it before it is whole; no file is said to be there."""
+        return Manifest(self.path, kind, self.facts, {}, self.made_from, "")
+
 
 @dataclass(frozen=True)
 class Manifest:

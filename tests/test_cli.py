@@ -515,6 +515,19 @@ def test_other_methods_are_trained_and_asked_by_the_same_commands(command):
     assert {context["category_id"] for context in answer["contexts"]} == {None}
 
 
+def test_training_with_factors(command):
+    words = ("--samples", 300, "--factors", "--validation", 0.1)
+    trained = command("train", "store", "--out", "pooled", "--method", "ebr", *words, "--json").json
+    assert trained["config"]["factors"] is None
+    assert trained["factors"]["weight"] >= 0
+    assert trained["factors"]["requests"] > 0
+    command("index", "pooled")
+    assert len(command("retrieve", "pooled", "--user", 7, "--k", 5, "--json").json["candidates"]) == 5
+    for others in (["--method", "mind"], ["--preset", "paper"]):
+        said = command("train", "store", "--out", "no", "--factors", *others).error
+        assert "--factors: for longretriever (but not the paper's) and ebr" in said
+
+
 def test_verify(command, workspace):
     found = command("verify", "model", "--json").json
     assert found["kind"] == "model"

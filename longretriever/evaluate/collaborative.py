@@ -17,6 +17,7 @@ import numpy as np
 from longretriever.errors import InputError
 from longretriever.evaluate.rivals import Lists
 from longretriever.evaluate.split import nearest_quantile
+from longretriever.model.factors import gram, user_factor
 from longretriever.model.warm import factorize, interactions, need_implicit
 from longretriever.store.behaviors import Store
 
@@ -53,9 +54,8 @@ GRID = tuple(
 class ALS:
     """Alternating least squares: an item's score is its factor times the user's.
 
-    The user's factor is the one of least squared error for the history of the request, given the items':
-    x = (YᵀY + Σ (c − 1) y yᵀ + λ)⁻¹ Σ c y, the sums over the n items met with their confidences c, Y the
-    factors of all items (Hu, Koren, Volinsky 2008). O(n D² + D³ + J D) a request.
+    The user's factor is the one of least squared error for the history of the request, given the items' (see
+    `user_factor`). O(n D² + D³ + J D) a request.
 
     `weighting=None` takes the one of `GRID` with the best mean of recall@200 over ALL and NEW on a slice cut
     from the end of train, see `recall_by_weighting`. `facts` says which, and how each fared. The same `seed`
@@ -86,7 +86,7 @@ class ALS:
         counts.data = weighting.of(counts.data)
         factor = factorize(counts, dim, weighting.regularization, seed, threads)
         self.factor = factor[self.shown].astype(np.float64)
-        self.gram = self.factor.T @ self.factor + weighting.regularization * np.eye(dim)
+        self.gram = gram(self.factor, weighting.regularization)
 
     def recommend(self, users: np.ndarray, before: np.ndarray, k: int, new: bool) -> Lists:
         """See `Recommender`. No list for a user who met none of the items that occur in train."""
@@ -103,13 +103,11 @@ class ALS:
 
     def _refold(self, met: list[np.ndarray], count: list[np.ndarray]) -> np.ndarray:
         """[B, D] the users' factors, each from the places of items met and how often."""
-        left_BDD = np.repeat(self.gram[None], len(met), axis=0)
-        right_BD = np.empty((len(met), self.factor.shape[1]))
-        for row, (places, n) in enumerate(zip(met, count, strict=True)):
-            factor_nD, confidence_n = self.factor[places], self.weighting.of(n)
-            left_BDD[row] += factor_nD.T @ (factor_nD * (confidence_n - 1)[:, None])
-            right_BD[row] = confidence_n @ factor_nD
-        return np.linalg.solve(left_BDD, right_BD[:, :, None])[:, :, 0]
+        of = [
+            user_factor(self.factor[places], self.weighting.of(n), self.gram)
+            for places, n in zip(met, count, strict=True)
+        ]
+        return np.array(of).reshape(len(met), -1)
 
 
 class BM25:

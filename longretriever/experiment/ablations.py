@@ -110,6 +110,7 @@ def _ours() -> list[Arm]:
         "without returns": (replace(whole, returns=False), None),
         "without warm start": (replace(whole, warm_start=False), None),
         "with requests at a distance": (_at_a_distance(), None),
+        "with factors": (replace(whole, whole=EbrConfig(factors=None)), None),
     }
     return [
         Arm(name, "The default but for this.", learn=config, interests=interests)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from longretriever.errors import Mismatch
 from longretriever.model.learner import ItemRows
+from longretriever.model.pooling import pool
 from longretriever.model.sharding import Plan
 from longretriever.saved import MANIFEST, Manifest, opening, writing
 
@@ -183,3 +184,6 @@ def save_model(run: Training, out: Path, beside: Mapping[str, Path], state: Path
             "profile_fields": [asdict(field) for field in store.profile_fields],
             "trained_until": int(run.boundary),
         }
+        weight = getattr(run.config, "factors", 0.0)
+        if weight != 0:
+            folder.facts["factors"] = pool(folder, store, run.boundary, weight, run.config.seed)

@@ -139,9 +139,12 @@ class EbrConfig(VectorLearning):
     bag: bool = True  # their mean is read beside the transformer's state
     whole_up_to: int = 8192  # items: a larger corpus competes by sample
     sampled_negatives: int = 2048  # evenly drawn, beside the targets of the batch
+    factors: float | None = 0.0  # weight of factors of who met what beside; None: by what is held out
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.factors is not None and not 0 <= self.factors < float("inf"):
+            raise InputError(f"factors={self.factors}: expected a weight of 0 or more, or None to fit it.")
         if self.encoder not in ("packed", "cls"):
             raise InputError(f"encoder={self.encoder!r}: expected 'packed' or 'cls'.")
         self._positive("layers", "heads", "length")

@@ -27,6 +27,7 @@ from longretriever.model.config import EbrConfig
 from longretriever.model.learner import Learner, write_onnx
 from longretriever.model.loss import log_likelihood
 from longretriever.model.towers import Encoder
+from longretriever.model.warm import need_implicit
 from longretriever.store.behaviors import Store
 
 _OVERLAP = 4
@@ -62,6 +63,8 @@ class Ebr(Learner):
 
     def __init__(self, store: Store, config: EbrConfig) -> None:
         super().__init__(store, config)
+        if config.factors != 0:
+            need_implicit()  # now, and not after training
         self.user = LifeTower(
             dim=config.dim,
             layers=config.layers,

@@ -17,6 +17,7 @@ import onnxruntime
 from longretriever.errors import Damaged
 from longretriever.events import CATEGORY, ITEM
 from longretriever.model.age import age_class
+from longretriever.model.factors import NOTHING, Factors, Met
 from longretriever.saved import Manifest, opening
 from longretriever.store.behaviors import Behaviors, Ids, ItemIds, Vocabulary, read_arrow, vocabularies
 
@@ -32,6 +33,7 @@ class Request:
     recent: Behaviors  # of any category, oldest first, at most R and those of the life's sample
     profile: np.ndarray  # [P]
     now: float  # seconds since the epoch
+    met: Met = NOTHING  # in the whole life; asked of models with factors
 
 
 class UserVectors(NamedTuple):
@@ -88,6 +90,8 @@ class Model:
         self.life_sample: int = facts.get("life_sample", 0)
         self.within: int | None = facts["within"]
         self.dim, self.n_items = self.item_token.shape[1], self.item_token.shape[0]
+        self.factors = Factors.opened(manifest)
+        self.searched_dim = self.dim if self.factors is None else self.factors.width(self.dim)
         self._session = session(manifest.path / "user_tower.onnx", threads)
         self._inputs = {i.name for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
@@ -118,6 +122,19 @@ class Model:
         out = self.category_token[behaviors.category]
         out[known] = self.item_token[behaviors.item[known]]
         return out
+
+    def searched_vectors(self, items: slice | np.ndarray) -> np.ndarray:
+        """[n, W] what the index holds of these items, of length 1: their vectors, with factors if any."""
+        vectors = self.item_vectors(items)
+        return vectors if self.factors is None else self.factors.items(vectors, self.corpus_scale, items)
+
+    def searching_vectors(self, requests: list[Request]) -> np.ndarray:
+        """[interests in all, W] what is searched for among those, of length 1, request after request."""
+        vectors = self.user_vectors(requests)
+        if self.factors is None:
+            return vectors.that_count()
+        factor = self.factors.of_users([request.met for request in requests])
+        return self.factors.queries(vectors.user[:, 0], factor).vector
 
     def user_vectors(self, requests: list[Request]) -> UserVectors:
         """What the user tower says to these requests. One call of ONNX Runtime for each of `_WIDTHS`.

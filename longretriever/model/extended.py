@@ -30,11 +30,13 @@ import pyarrow.compute as pc
 from longretriever.errors import InputError, Mismatch, UnknownCategory
 from longretriever.events import CATEGORY, ITEM, TITLE
 from longretriever.model.exported import removed
+from longretriever.model.factors import ITEM_FACTOR
 from longretriever.saved import MANIFEST, Folder, Manifest, kind_of, opening, writing
 from longretriever.store.behaviors import Vocabulary, read_arrow, vocabularies
 
-BY_ITEM = ("items.arrow", "category_start.npy", "item_feature.npy", "item_token.npy")
-"""Files of a model that go by item number, or count items."""
+_FACTOR = f"{ITEM_FACTOR}.npy"
+BY_ITEM = ("items.arrow", "category_start.npy", "item_feature.npy", "item_token.npy", _FACTOR)
+"""Files of a model that go by item number, or count items; the last is not in every one."""
 
 _REMOVED = "removed.npy"
 
@@ -348,9 +350,12 @@ def _write_items(base: Manifest, change: _Change, folder: Folder) -> np.ndarray:
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     new_nd = tokens(base, new.category, code_nF)
-    token_Id = _write_tokens(base.load_array("item_token"), new_nd, order, folder)
+    token_Id = _write_rows("item_token", base, new_nd, order, folder)
     token_Id[place[change.moved]] = token_md
     token_Id.flush()
+    if _FACTOR in base.files:  # nobody has met a new item
+        width = base.load_array(ITEM_FACTOR).shape[1]
+        _write_rows(ITEM_FACTOR, base, np.zeros((len(new_nd), width), np.float32), order, folder).flush()
     return np.sort(place[change.removed])
 
 
@@ -383,9 +388,11 @@ def tokens(base: Manifest, category: np.ndarray, code_nF: np.ndarray) -> np.ndar
     return out
 
 
-def _write_tokens(old: np.ndarray, new: np.ndarray, order: np.ndarray, folder: Folder) -> np.memmap:
+def _write_rows(name: str, base: Manifest, new: np.ndarray, order: np.ndarray, folder: Folder) -> np.memmap:
+    """An array of the model with rows of new items, in the order of their numbers."""
+    old = base.load_array(name)
     out = np.lib.format.open_memmap(
-        folder.path / "item_token.npy", mode="w+", dtype=old.dtype, shape=(len(order), old.shape[1])
+        folder.path / f"{name}.npy", mode="w+", dtype=old.dtype, shape=(len(order), old.shape[1])
     )
     for at in range(0, len(order), _CHUNK):
         rows = order[at : at + _CHUNK]

@@ -16,7 +16,7 @@ from longretriever.index import CLUSTERS, ExactIndex, build
 from longretriever.model.exported import Model
 from longretriever.pgvector import Database
 from longretriever.retrieve.numbers import matched
-from longretriever.retrieve.retriever import WHOLE, Retriever, Searched, trained_on
+from longretriever.retrieve.retriever import WHOLE, Retriever, Searched, check_own_vectors, trained_on
 from longretriever.saved import opening
 
 CARRIED = 0.1  # groups are made anew once so large a share of the items has come or gone
@@ -62,13 +62,16 @@ def load_into(
     """Put the vectors of a model folder into a database, with those that it brings to search all items.
 
     Each of the two appears at once, the other way round from how they are asked for: whoever finds the
-    model's finds what goes with it. Raises `RequestFailed`, a `SavedError`.
+    model's finds what goes with it. Raises `RequestFailed`, a `SavedError`, or for factors `InputError`.
     """
     path = Path(path)
-    model = Model.open(path)
+    models = {"contexts": Model.open(path)}
     if (path / WHOLE).exists():
-        database.load(Model.open(path / WHOLE), "whole")
-    database.load(model, "contexts", progress)
+        models = {"whole": Model.open(path / WHOLE), **models}
+    for model in models.values():
+        check_own_vectors(model)
+    for kind, model in models.items():
+        database.load(model, kind, progress if kind == "contexts" else None)
 
 
 def _index(
@@ -79,7 +82,7 @@ def _index(
     before: Path | None,
 ) -> Path:
     """`asked` is the model whose users' vectors search all items here; None: all are looked at."""
-    chunks = (model.item_vectors(slice(at, at + _CHUNK)) for at in range(0, model.n_items, _CHUNK))
+    chunks = (model.searched_vectors(slice(at, at + _CHUNK)) for at in range(0, model.n_items, _CHUNK))
     clustering = None
     if asked is not None and model.asks_corpus and model.n_items >= clusters.FROM:
         clustering = (_carried(model, before) if before is not None else None) or _clustering(model, asked)
@@ -126,7 +129,7 @@ def _clustering(model: Model, asked: Model) -> Clustering | None:
     queries = busy_users_vectors(retriever, _QUERIES, np.random.default_rng(0))
     if len(queries) == 0:
         return None
-    groups = clusters.empty(clusters.centres(model.item_vectors, model.n_items))
+    groups = clusters.empty(clusters.centres(model.searched_vectors, model.n_items))
     return Clustering(groups, queries=queries[:_QUERIES])
 
 

@@ -13,7 +13,8 @@ import pyarrow.compute
 from longretriever.errors import Mismatch
 from longretriever.events import ITEM
 from longretriever.model.exported import Model
-from longretriever.store.behaviors import Behaviors, Store, Vocabulary
+from longretriever.model.factors import MOST, Met
+from longretriever.store.behaviors import Behaviors, Life, Store, Vocabulary
 
 if TYPE_CHECKING:
     from longretriever.retrieve.interests import Contexts
@@ -48,6 +49,12 @@ class Numbers:
         """Those that the model knows."""
         found = self._items(items)
         return found[found >= 0]
+
+    def met(self, life: Life) -> Met:
+        """Of the items of a whole life, those that the model knows, and how often each was met."""
+        items, count = life.counts(MOST)
+        found = self._items(items)
+        return Met(found[found >= 0], count[found >= 0])
 
     def _items(self, items: np.ndarray) -> np.ndarray:
         """Numbers of the model, -1 of what it does not know."""

@@ -23,6 +23,7 @@ from longretriever.pgvector import Database, is_database
 from longretriever.retrieve.interests import INTERESTS, Contexts, Interests, Pgin, RandomInTop
 from longretriever.retrieve.merge import MERGES, Merge, Ranked
 from longretriever.retrieve.numbers import Numbers
+from longretriever.retrieve.pooled import pooled
 from longretriever.retrieve.retrieval import Asked, Retrieval
 from longretriever.retrieve.rules import Ruled, Rules
 from longretriever.store.behaviors import Behaviors, Life, Store
@@ -242,6 +243,8 @@ class Retriever:
         if self._asks_all and len(lately.item):
             met = numbers.known(life.recent(self._of_all.model.context_length))
             request = Request(CORPUS, numbers.behaviors(met), recent, profile, life.now)
+            if self._of_all.model.factors is not None:
+                request = replace(request, met=numbers.met(life))
             others = sum(share for _, share in contexts) or 1.0
             share = others * model.whole_share / (1 - model.whole_share)
             out.append(((request, met if len(met.item) else lately), share))
@@ -269,7 +272,8 @@ class Retriever:
             at = np.flatnonzero(which).tolist()
             if at:
                 mine = [rows[i] for i in at], [shares[i] for i in at], [unwanted[i] for i in at]
-                for n, ranked, unsearched in self._searched(searched, *mine, k, ruled, lap):
+                find = self._searched if searched.model.factors is None else pooled
+                for n, ranked, unsearched in find(searched, *mine, k, ruled, lap):
                     yield at[n], ranked, unsearched
 
     def _searched(
@@ -437,7 +441,7 @@ class Retriever:
 
     def corpus_vectors(self, lives: Sequence[Life]) -> np.ndarray:
         """[n, D] the user vectors that search all items, one or more of each life that has behaviors."""
-        found, model = [np.empty((0, self._of_all.model.dim), np.float32)], self._of_all.model
+        found, model = [np.empty((0, self._of_all.model.searched_dim), np.float32)], self._of_all.model
         for at in range(0, len(lives), BATCH):
             rows = [
                 request
@@ -446,7 +450,7 @@ class Retriever:
                 if request.category == CORPUS
             ]
             if rows:
-                found.append(model.user_vectors(rows).that_count())
+                found.append(model.searching_vectors(rows))
         return np.concatenate(found)
 
     def store_vectors(self) -> np.ndarray:
@@ -497,13 +501,24 @@ def _met_among(item: np.ndarray, met: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return known, places, missing
 
 
+def check_own_vectors(model: Model) -> None:
+    """Raise `InputError` for a model whose items are searched for by more than their vectors."""
+    if model.factors is not None:
+        raise InputError(
+            f"{model.path} has factors, which only the index in its own folder can search: shards and "
+            "databases cannot yet. Leave them out, or train without --factors."
+        )
+
+
 def _is_folder(index: IndexAt) -> bool:
     return isinstance(index, str | os.PathLike) and not is_database(index)
 
 
 def _opened(model: Model, index: IndexAt, exact: bool, verify: bool) -> Searchable:
     if exact:
-        return ExactIndex(model.item_vectors(slice(None)), model.category_start, model.removed)
+        return ExactIndex(model.searched_vectors(slice(None)), model.category_start, model.removed)
+    if not _is_folder(index):
+        check_own_vectors(model)
     if not isinstance(index, str | os.PathLike):
         return index.index_of(model)
     if is_database(index):

@@ -175,9 +175,11 @@ def similar(serving: Serving, item_id: int | str, k: int) -> wire.Similar:
     if number is None:
         raise UnknownItem(f"item {item_id!r} is not among the {model.n_items:,} items of {serving.name}.")
     this = np.array([number])
-    found, cosine = serving.retriever.index.search(model.item_vectors(this), model.category_of(this), k + 1)
-    near = (found[0] >= 0) & (found[0] != number)
-    rows = zip(items_of(serving, found[0][near][:k]), cosine[0][near].tolist(), strict=False)
+    vector = model.item_vectors(this)
+    query = vector if model.factors is None else model.factors.queries(vector).vector
+    found, _ = serving.retriever.index.search(query, model.category_of(this), k + 1)
+    near = found[0][(found[0] >= 0) & (found[0] != number)]
+    rows = zip(items_of(serving, near[:k]), (model.item_vectors(near) @ vector[0]).tolist(), strict=False)
     like = [wire.SimilarItem(one.item_id, one.title, min(1.0, c)) for one, c in rows]
     return wire.Similar(items_of(serving, this)[0], like)
 

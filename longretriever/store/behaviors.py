@@ -369,6 +369,24 @@ class Life:
         rows = self.store.rows_of(self.user)
         return np.unique(self.store.event_item[rows][self.store.event_time[rows] < self.now])
 
+    def counts(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """[n] distinct items met, sorted, and how often each; at most so many, those met last.
+
+        O(events of the user), a sort of them.
+        """
+        rows = self.store.rows_of(self.user)
+        time = self.store.event_time[rows]
+        there = (time < self.now) & (time >= self.since)
+        item, which, n = np.unique(
+            self.store.event_item[rows][there], return_inverse=True, return_counts=True
+        )
+        if len(item) > most:
+            last = np.zeros(len(item), np.int64)
+            np.maximum.at(last, which, time[there])
+            kept = np.sort(np.argsort(-last, kind="stable")[:most])
+            item, n = item[kept], n[kept]
+        return item, n
+
     def profile(self) -> np.ndarray:
         """[P] codes of the profile fields."""
         return np.asarray(self.store.profile[self.user])

@@ -31,6 +31,7 @@ METHODS = {
     ),
     "longretriever, the paper's": TrainConfig.paper(**SHORT, context_length=8),
     "ebr": EbrConfig(**SHORT, length=12),
+    "ebr with factors": EbrConfig(**SHORT, length=12, factors=20.0),
     "ebr, the paper's": EbrConfig.paper(**SHORT, length=6),
     "ulim": UlimConfig(**SHORT, context_length=8, recent_length=6, interests=None),
     "mind": MindConfig(**SHORT, length=16, capsules=3),

@@ -306,7 +306,7 @@ add_items(sys.argv[1], sys.argv[2])
 
 @pytest.mark.parametrize(
     "moment",
-    ["model.extended._write_tokens", "retrieve.indexing.build", "saved._exchange", "saved.sync"],
+    ["model.extended._write_rows", "retrieve.indexing.build", "saved._exchange", "saved.sync"],
 )
 def test_killed_at_any_moment_the_old_one_stays(model, trained, moment):
     before = opening(model, "model").fingerprint
