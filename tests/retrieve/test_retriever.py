@@ -507,7 +507,7 @@ def test_a_request_is_answered_as_its_sample_was_trained(tmp_path, options):
     run.begin()
     for parameter in run.learner.parameters():  # far from the start, where all vectors are alike
         torch.nn.init.normal_(parameter, std=0.3)
-    save_model(run, tmp_path / "model", {})
+    save_model(run, tmp_path / "model", {}, tmp_path)
     retriever = Retriever.load(tmp_path / "model", exact=True)
     row_of = np.argsort(store.event_item)
     owner = np.repeat(np.arange(store.n_users), np.diff(store.group_start[store.user_group]))
