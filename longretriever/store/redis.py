@@ -954,7 +954,7 @@ def _hash(kind: str) -> bytes:
 def _all(found: list[Any]) -> list[Any]:
     for one in found:
         if isinstance(one, Exception):
-            raise one
+            raise one.with_traceback(None)  # raised for each job, it would grow a page each time
     return found
 
 
