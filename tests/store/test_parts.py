@@ -25,7 +25,9 @@ from longretriever.saved import opening
 from longretriever.store import arrays
 from longretriever.store import parts as module
 from longretriever.store.behaviors import Store
+from longretriever.store.compact import compact
 from longretriever.store.ingest import ingest
+from longretriever.store.live import Event, Journal
 from longretriever.store.parts import Parts, check_parts, cuts
 from tests.test_cli import run
 from tests.worlds import random_log
@@ -133,6 +135,20 @@ def test_a_part_trains_as_a_store_does(tmp_path: Path) -> None:
     part = cut(tmp_path / "out", "category", 2)[0]
     train(part, tmp_path / "model", TrainConfig(dim=8, layers=1, epochs=1))
     assert opening(tmp_path / "model", "model").made_from["store"] == part.fingerprint
+
+
+def test_live_events_are_folded_into_a_part_that_lies_elsewhere(whole: Store, tmp_path: Path) -> None:
+    part = cut(tmp_path / "parts", "user", 2)[1]
+    mine = Path(shutil.copytree(part.path, tmp_path / "mine"))
+    user_id, item_id = part.user_ids.take([0])[0], whole.item_ids.take([44])[0]
+    journal = Journal(tmp_path / "live.sqlite")
+    journal.append([Event(user_id, item_id, None, whole.last_time + 1)]).result()
+    journal.close()
+    compact(mine, tmp_path / "live.sqlite")
+    folded = Store.open(mine, verify=True)
+    assert folded.n_events == part.n_events + 1
+    last = folded.recent(folded.user_number(user_id), None, 1)
+    assert folded.item_ids.take(folded.event_item[last]) == [item_id]
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=60), st.integers(1, 8))
