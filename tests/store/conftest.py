@@ -42,14 +42,18 @@ def three_redises(_three: list[RedisServer]) -> list[RedisServer]:
 
 
 @pytest.fixture
-def where(request, tmp_path: Path) -> str:
-    """What `--live` is given: a file, unless a test says `EVERYWHERE`."""
+def where(request, tmp_path: Path, monkeypatch) -> str:
+    """What `--live` is given: a file, unless a test says `EVERYWHERE`.
+
+    A disk that others use may take longer for a sync than a request should wait; these tests wait.
+    """
     kind = getattr(request, "param", "file")
-    if kind == "redis":
-        return request.getfixturevalue("one_redis").url
-    if kind == "cluster":
-        return cluster_url(request.getfixturevalue("three_redises"))
-    return str(tmp_path / "live")
+    if kind == "file":
+        return str(tmp_path / "live")
+    servers = request.getfixturevalue("one_redis" if kind == "redis" else "three_redises")
+    monkeypatch.setattr("longretriever.store.redis.SECONDS", 5.0)
+    monkeypatch.setattr("longretriever.store.redis.WRITE_SECONDS", 20.0)
+    return servers.url if kind == "redis" else cluster_url(servers)
 
 
 @pytest.fixture
