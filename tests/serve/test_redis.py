@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 
 from tests.serve.running import Server, refused_to_start, serving, wait_until
 from tests.store.redises import paused, redis_server
@@ -41,7 +42,7 @@ def test_without_its_redis_and_with_it_again(model, tmp_path):
             before = asked(server)["now"]
             paused(redis)
             took = [_seconds(server) for _ in range(10)]
-            assert sorted(took)[-2] < 0.2, "one waits for it at most"
+            assert median(took) < 0.2, "whoever finds it so waits, the others do not"
             _degraded(server, "2")
             redis.stop()
             _degraded(server, "3")
