@@ -74,7 +74,7 @@ export function contextsView({ paint, buttons }) {
       ),
       h("td", { class: "n p" }, context.category_id === null ? "–" : percent(context.score)),
       h("td", { class: "n" }, count(context.behaviors)),
-      h("td", { class: context.candidates ? "n" : "n quiet" }, count(context.candidates)),
+      h("td", { class: context.candidates ? "n" : "n quiet" }, found(context)),
       h("td", { class: "acting" }, context.category_id === null ? null : buttons(name, "context")),
     );
   }
@@ -93,4 +93,10 @@ export function contextsView({ paint, buttons }) {
   }
 
   return { show };
+}
+
+/** How many candidates, or that the shard is away which would have found some. */
+function found({ candidates, unsearched }) {
+  if (unsearched === 1) return "away";
+  return unsearched ? `${count(candidates)}, in part` : count(candidates);
 }
