@@ -169,6 +169,16 @@ def check_replaceable(target: Path, kind: str) -> None:
         )
 
 
+def stamp(folder: Path) -> tuple[str, int, int] | None:
+    """Changes whenever the folder is replaced, or a link to it turned; None where nothing is. One look."""
+    file = folder.resolve() / MANIFEST
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return str(file), found.st_ino, found.st_mtime_ns
+
+
 def opening(path: str | os.PathLike[str], kind: str, verify: bool = False) -> Manifest:
     """Read and check the manifest of a folder of this kind.
 

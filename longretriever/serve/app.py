@@ -13,13 +13,13 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
-from longretriever.errors import InputError, LongRetrieverError
+from longretriever.errors import InputError
 from longretriever.events import ITEM
 from longretriever.saved import package_version
 from longretriever.serve import inspection, metrics, wire
 from longretriever.serve.current import Current
 from longretriever.serve.door import Busy, Workroom
-from longretriever.serve.front import as_json, guarded, may_read, may_write, wrong
+from longretriever.serve.front import as_json, guarded, may_read, may_write, reloaded, wrong
 from longretriever.serve.openapi import described, documented
 from longretriever.serve.serving import Serving, as_id
 from longretriever.serve.settings import Settings
@@ -235,12 +235,7 @@ async def reload(request: Request) -> Response:
 
     The other workers of this machine follow within their `watch`.
     """
-    current: Current = request.app.state.current
-    try:
-        changed = await current.reload()
-    except (LongRetrieverError, OSError) as error:
-        return wrong(409, f"{current.serving.name} goes on: {error}")
-    return as_json(wire.Reloaded(current.serving.name, changed))
+    return await reloaded(request.app.state.current)
 
 
 async def show_metrics(request: Request) -> Response:

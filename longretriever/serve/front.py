@@ -15,6 +15,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from longretriever.errors import (
     InputError,
+    LongRetrieverError,
     NotLoaded,
     RequestFailed,
     Unavailable,
@@ -23,6 +24,7 @@ from longretriever.errors import (
     UnknownUser,
 )
 from longretriever.serve import wire
+from longretriever.serve.current import Current
 from longretriever.serve.door import Busy, Door, Keys, OutOfTime
 from longretriever.serve.settings import Listening
 
@@ -84,6 +86,15 @@ def as_json(value: Any, status: int = 200) -> Response:
 def wrong(status: int, detail: str, errors: Any = None, headers: Any = None) -> Response:
     body = msgspec.json.encode(wire.Wrong(detail, errors))
     return Response(body, status, headers, "application/json")
+
+
+async def reloaded(current: Current[Any]) -> Response:
+    """Whether something newer was taken over; 409 where it cannot be served, and what there was goes on."""
+    try:
+        changed = await current.reload()
+    except (LongRetrieverError, OSError) as error:
+        return wrong(409, f"{current.serving.name} goes on: {error}")
+    return as_json(wire.Reloaded(current.serving.name, changed))
 
 
 def _invalid(request: Request, error: Exception) -> Response:

@@ -6,7 +6,6 @@ requests on their way finish with the one that they began with. Nothing here kno
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from longretriever.retrieve.popular import Popular
 from longretriever.retrieve.retrieval import Retrieval
 from longretriever.retrieve.retriever import WHOLE, Elsewhere, Retriever
 from longretriever.retrieve.rules import Rules
-from longretriever.saved import MANIFEST, opening
+from longretriever.saved import MANIFEST, opening, stamp
 from longretriever.serve import wire
 from longretriever.serve.settings import Clock
 from longretriever.store.behaviors import Life
@@ -57,7 +56,7 @@ class Source:
         index = self.index if isinstance(self.index, Path) else model / "index"
         folders = [model] if self.is_elsewhere else [model, index, model / WHOLE / "index"]
         folders += [one for one in (self.store or store,) if one]
-        return tuple(_stamp(folder.resolve() / MANIFEST) for folder in folders)
+        return tuple(map(stamp, folders))
 
     @property
     def is_elsewhere(self) -> bool:
@@ -78,14 +77,6 @@ class Source:
         model = self.model.resolve()
         folders = [one for one in (model, model / WHOLE) if one == model or one.exists()]
         return tuple(opening(one, "model").fingerprint for one in folders)
-
-
-def _stamp(file: Path) -> tuple[str, int, int] | None:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return str(file), found.st_ino, found.st_mtime_ns
 
 
 class Serving:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
 
-from longretriever.errors import LongRetrieverError
 from longretriever.saved import package_version
-from longretriever.serve import metrics, wire
+from longretriever.serve import metrics
 from longretriever.serve.current import Current
 from longretriever.serve.door import Workroom
-from longretriever.serve.front import as_json, guarded, may_read, may_write, wrong
+from longretriever.serve.front import as_json, guarded, may_read, may_write, reloaded
 from longretriever.serve.settings import ShardSettings
 from longretriever.shards import wire as internal
 from longretriever.shards.held import Shard, signature
@@ -82,12 +81,7 @@ async def facts(request: Request) -> Response:
 
 async def reload(request: Request) -> Response:
     """Take over a newer index now; the one before is still answered for."""
-    current: Current[Shard] = request.app.state.current
-    try:
-        changed = await current.reload()
-    except (LongRetrieverError, OSError) as error:
-        return wrong(409, f"{current.serving.name} goes on: {error}")
-    return as_json(wire.Reloaded(current.serving.name, changed))
+    return await reloaded(request.app.state.current)
 
 
 async def show_metrics(request: Request) -> Response:

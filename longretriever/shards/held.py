@@ -7,7 +7,6 @@ nor item ids. The model before the newest is kept as well, for routers that have
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 
 from longretriever.errors import InputError, Mismatch, NotLoaded, SavedError
 from longretriever.index import CORPUS, Index
-from longretriever.saved import MANIFEST
+from longretriever.saved import stamp
 from longretriever.shards import wire
 from longretriever.shards.wire import Found, Holding, Range, Search
 
@@ -163,15 +162,7 @@ class Shard:
 
 def signature(model: Path) -> tuple[Any, ...]:
     """Changes whenever an index of the model is replaced."""
-    return tuple(_stamp(model.resolve() / one / MANIFEST) for one in INDEXES)
-
-
-def _stamp(file: Path) -> tuple[str, int, int] | None:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return str(file), found.st_ino, found.st_mtime_ns
+    return tuple(stamp(model.resolve() / one) for one in INDEXES)
 
 
 def _open(path: Path, share: Share) -> Held:

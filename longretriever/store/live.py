@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -254,14 +254,8 @@ class Journal:
         return job.done
 
     def _write(self, connection: sqlite3.Connection) -> None:
-        last = False
-        while not last:
-            jobs = [self._jobs.get()]
-            with suppress(queue.Empty):
-                while len(jobs) < _TOGETHER:
-                    jobs.append(self._jobs.get_nowait())
-            last = None in jobs
-            self._commit(connection, [job for job in jobs if job is not None])
+        for jobs in in_batches(self._jobs, _TOGETHER):
+            self._commit(connection, jobs)
         connection.close()
 
     def _commit(self, connection: sqlite3.Connection, jobs: Sequence[_Job]) -> None:
@@ -367,6 +361,21 @@ class Journal:
             self._local.connection.execute("PRAGMA query_only = ON")
             self._readers.append(self._local.connection)
         return self._local.connection
+
+
+J = TypeVar("J")
+
+
+def in_batches(jobs: queue.SimpleQueue[J | None], most: int) -> Iterator[list[J]]:
+    """What waits, `most` at a time and nothing held back for more, until a None; waits for the next."""
+    last = False
+    while not last:
+        batch = [jobs.get()]
+        with suppress(queue.Empty):
+            while len(batch) < most:
+                batch.append(jobs.get_nowait())
+        last = None in batch
+        yield [job for job in batch if job is not None]
 
 
 class _Job:

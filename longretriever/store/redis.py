@@ -53,7 +53,7 @@ import msgspec
 from longretriever.errors import Damaged, InputError, Mismatch, MissingExtra, NotSaved, Unavailable
 from longretriever.events import MOST_KINDS
 from longretriever.store.behaviors import Store
-from longretriever.store.live import Event, Since, Written, check_event, too_many_kinds
+from longretriever.store.live import Event, Since, Written, check_event, in_batches, too_many_kinds
 
 try:
     import redis
@@ -408,14 +408,8 @@ class RedisJournal:
         return job.done
 
     def _write(self) -> None:
-        last = False
-        while not last:
-            jobs = [self._jobs.get()]
-            with suppress(queue.Empty):
-                while len(jobs) < _TOGETHER:
-                    jobs.append(self._jobs.get_nowait())
-            last = None in jobs
-            self._commit([job for job in jobs if job is not None])
+        for jobs in in_batches(self._jobs, _TOGETHER):
+            self._commit(jobs)
 
     def _commit(self, jobs: Sequence[_Job]) -> None:
         """One pipeline for all, to each node; a job that fails takes none of the others with it."""
