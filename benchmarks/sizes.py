@@ -32,13 +32,14 @@ WIDE = 1 << 31  # events or groups from which on their numbers take 8 bytes
 
 @dataclass(frozen=True)
 class Size:
-    """A log, and the width of its model. `met` are pairs of a user and a category that met."""
+    """A log, and its model. `met` are pairs of a user and a category that met."""
 
     users: float
     items: float
     events: float
     met: float
     dim: int = 64
+    factors: bool = True  # beside the vector of all items; some logs do without
 
     def store(self) -> dict[str, float]:
         """Bytes of the arrays; ids are integers, without titles, profiles and features."""
@@ -53,12 +54,17 @@ class Size:
         """Bytes of what grows with items, for the default's two vectors: of contexts, and of all items."""
         return {
             "tokens": 2 * self.items * 4 * self.dim,
-            "index": 2 * self.items * (2 * self.dim + 8),  # 16-bit floats, and the item's number
+            "index": self.items * (2 * self.dim + 8) + self.of_all(),
+            "factors": self.items * 4 * (self.dim - 1) if self.factors else 0.0,
         }
+
+    def of_all(self) -> float:
+        """Bytes of vectors that are searched whole: 16-bit floats, twice as many with factors; its number."""
+        return self.items * (2 * self.dim * (1 + self.factors) + 8)
 
     def groups_of_near(self) -> float:
         """Bytes of the second file of the index of all items, which there is above 100,000."""
-        return self.items * (2 * self.dim + 8) if self.items >= 100_000 else 0.0
+        return self.of_all() if self.items >= 100_000 else 0.0
 
     def training(self) -> dict[str, float]:
         """Bytes of memory of the largest of its stages, each of which comes after the other."""
@@ -140,19 +146,23 @@ def _run(*words: object) -> None:
 def _checked(store: Path, model: Path) -> list[dict[str, Any]]:
     report = _manifest(store)["facts"]["report"]
     dim = int(np.load(model / "item_token.npy", mmap_mode="r").shape[1])
-    size = Size(report["users"], report["items"], report["kept"], report["groups"], dim)
-    folders = [folder for folder in (model, model / "whole") if folder.exists()]
+    folders = [model, model / "whole"]
+    if not folders[1].exists():
+        sys.exit(f"{model} has no vector of all items, expected a model of the default's two vectors.")
+    factors = any((folder / "item_factor.npy").exists() for folder in folders)
+    size = Size(report["users"], report["items"], report["kept"], report["groups"], dim, factors)
     written = {
         "events": _bytes(store, "event_*.npy", "time_*.npy"),
         "groups": _bytes(store, "group_*.npy", "category_group.npy"),
         "users": _bytes(store, "users.arrow", "user_group.npy"),
         "tokens": sum(_bytes(folder, "item_token.npy") for folder in folders),
         "index": sum(_bytes(folder / "index", "lists.faiss") for folder in folders),
+        "factors": sum(_bytes(folder, "item_factor.npy") for folder in folders),
     }
-    foreseen = size.store() | {what: n * len(folders) / 2 for what, n in size.model().items()}
+    foreseen = size.store() | size.model()
     if near := sum(_bytes(folder / "index", "clusters.faiss") for folder in folders):
         written["groups of near items"], foreseen["groups of near items"] = near, size.groups_of_near()
-    rows = [{"part": p, "foreseen": foreseen[p], "written": written[p]} for p in written]
+    rows = [{"part": p, "foreseen": foreseen[p], "written": written[p]} for p in written if written[p]]
     return [{**row, "ratio": row["foreseen"] / row["written"], **asdict(size)} for row in rows]
 
 

@@ -236,8 +236,11 @@ def train(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="To learn from at most.")] = None,
     factors: Annotated[
-        bool, typer.Option("--factors", help="Factors of who met what join the vector of all items.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Factors of who met what join the vector of all items; default yes for longretriever."
+        ),
+    ] = None,
     threads: Threads = None,
     shards: Annotated[
         int | None, typer.Option(min=1, help="Of several processes (torchrun); default one each.")
@@ -268,8 +271,8 @@ def train(
     }
     with joined() as processes:  # from the beginning, so that of several one says what is wrong
         config = _configured(method, preset, {**given, "seed": seed})
-        if factors:
-            config = _with_factors(config, method)
+        if factors is not None:
+            config = _with_factors(config, method, factors)
         opened = Store.open(store)
         with training_bar() if processes.first else nullcontext() as progress:
             at = torch_train(
@@ -302,11 +305,12 @@ def train(
     for name, of in at.beside.items():
         gain, seconds = max(of["validation"], default=None), of["seconds"]
         summary[LEARNING[name]] = f"{seconds:.0f} s" + (f", {gain:.3f} nats below chance" if gain else "")
-    if factors:
-        of = opening(path if method == "ebr" else path / WHOLE, "model").facts["factors"]
+    searching_all = path / WHOLE if (path / WHOLE).exists() else path
+    of = opening(searching_all, "model").facts.get("factors")
+    if of is not None:
         facts["factors"] = of
         gained = f"{of['gain']:.3f} nats a request, {of['requests']} held out"
-        summary["factors"] = f"weight {of['weight']:g}: {gained}"
+        summary["factors"] = f"weight {of['weight']:g}: {gained}; {of['seconds']:.0f} s"
     show(facts, as_json, summary)
 
 
@@ -1311,12 +1315,12 @@ def _configured(method: str, preset: str | None, given: Mapping[str, Any]) -> An
     return replace(config, **changes)
 
 
-def _with_factors(config: Any, method: str) -> Any:
-    """The same, with factors of the weight that what is held out asks for."""
+def _with_factors(config: Any, method: str, wanted: bool) -> Any:
+    """The same, with factors of the weight that what is held out asks for, or without."""
     whole = config if method == "ebr" else getattr(config, "whole", None)
     if whole is None:
-        raise InputError("--factors: for longretriever (but not the paper's) and ebr. Leave it out.")
-    whole = replace(whole, factors=None)
+        raise InputError("--[no-]factors: for longretriever (but not the paper's) and ebr. Leave it out.")
+    whole = replace(whole, factors=None if wanted else 0.0)
     return whole if method == "ebr" else replace(config, whole=whole)
 
 

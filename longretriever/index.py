@@ -326,17 +326,22 @@ class Index(Searchable):
         """What the categories in these ranges have to say to a search of all items: see `combined`.
 
         Only their pages are touched. Where items are grouped, a part may find fewer than k that the others
-        find; `look_at_all` passes the groups by.
+        find; `look_at_all` passes the groups by. With k = 0 nothing is searched, for `summed`.
         """
         whole_N = np.full(len(user_vectors_ND), CORPUS)
-        user_ND, _ = checked_queries(user_vectors_ND, whole_N, k, self.dimension, self.n_categories)
+        user_ND, _ = checked_queries(user_vectors_ND, whole_N, max(k, 1), self.dimension, self.n_categories)
         here = np.full(self.n_categories, -1)  # no list is searched for it
         for one in categories:
             here[one.start : one.stop] = one
         mine, found = here[here >= 0], here.copy()
         found[list(without)] = -1
-        grouped = self._clusters is not None and not look_at_all
-        if grouped:
+        grouped = self._clusters is not None and not look_at_all and k > 0
+        if k == 0:
+            cosine_Nk, item_Nk = (
+                np.empty((len(user_ND), 0), np.float32),
+                np.empty((len(user_ND), 0), np.int64),
+            )
+        elif grouped:
             assert self._clusters is not None
             within = [
                 slice(self.category_start[one.start], self.category_start[one.stop]) for one in categories
@@ -379,21 +384,31 @@ def combined(parts: Sequence[Part], k: int, scale: float | np.ndarray, head: int
     item_Nn, cosine_Nn = (np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
     order_Nk = np.lexsort((item_Nn, -cosine_Nn))[:, :k]
     item_Nk, cosine_Nk = (np.take_along_axis(x, order_Nk, axis=1) for x in (item_Nn, cosine_Nn))
-    nothing_N = np.zeros(len(item_Nk))
+    log_sum_N = summed(parts, scale, item_Nk[:, :head], cosine_Nk[:, :head])
+    return Nearest(item_Nk, cosine_Nk, log_sum_N, np.zeros(len(item_Nk)))
+
+
+def summed(
+    parts: Sequence[Part], scale: float | np.ndarray, items_Nk: np.ndarray, cosine_Nk: np.ndarray
+) -> np.ndarray:
+    """[N] `Index.log_normaliser` of all items out of what parts that share no category say, but for rounding.
+
+    Whatever items the parts found themselves: where the sum has to be estimated, these here count exactly.
+    """
     exact = [part.log_sum for part in parts if part.log_sum is not None]
     if len(exact) == len(parts):
-        return Nearest(item_Nk, cosine_Nk, np.logaddexp.reduce(exact, axis=0), nothing_N)
-    scale_N = np.broadcast_to(scale, len(item_Nk))
+        return np.logaddexp.reduce(exact, axis=0)
+    scale_N = np.broadcast_to(scale, len(items_Nk))
     sample_S = np.concatenate([part.sample_item for part in parts])
     order_S = np.argsort(sample_S)
     sample_NS = np.concatenate([part.sample_cosine for part in parts], axis=1)[:, order_S]
-    size, log_sum_N = sum(part.size for part in parts), np.empty(len(item_Nk))
-    for n, (item_k, cosine_k) in enumerate(zip(item_Nk[:, :head], cosine_Nk[:, :head], strict=True)):
+    size, log_sum_N = sum(part.size for part in parts), np.empty(len(items_Nk))
+    for n, (item_k, cosine_k) in enumerate(zip(items_Nk, cosine_Nk, strict=True)):
         fetched = item_k >= 0
         log_sum_N[n] = _estimated(
             scale_N[n], item_k[fetched], cosine_k[fetched], size, sample_S[order_S], sample_NS[n]
         )
-    return Nearest(item_Nk, cosine_Nk, log_sum_N, nothing_N)
+    return log_sum_N
 
 
 class ExactIndex(Searchable):

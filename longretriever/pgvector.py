@@ -101,7 +101,8 @@ class Database:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         run = connection.execute
-        run(f"CREATE TABLE {table} (item int NOT NULL, category int NOT NULL, vector vector({model.dim}))")
+        vector = f"vector({model.searched_dim})"
+        run(f"CREATE TABLE {table} (item int NOT NULL, category int NOT NULL, vector {vector})")
         copy = f"COPY {table} FROM STDIN (FORMAT binary)"
         with connection.cursor() as cursor, cursor.copy(copy) as rows:
             for chunk in _binary(model, progress):
@@ -113,7 +114,7 @@ class Database:
         run(
             f"INSERT INTO {_MODELS} (model, kind, items, categories, dimension, scale) "
             "VALUES (%s, %s, %s, %s, %s, %s)",
-            (*facts, model.dim, scale),
+            (*facts, model.searched_dim, scale),
         )
 
     def _show(self, connection: psycopg.Connection, kind: str, table: str) -> None:
@@ -161,7 +162,7 @@ class Database:
     def index_of(self, model: Model) -> PostgresIndex:
         """Raises `NotLoaded`, `RequestFailed`."""
         self.check(model.fingerprint)
-        return PostgresIndex(self, model.fingerprint, model.category_start, model.dim)
+        return PostgresIndex(self, model.fingerprint, model.category_start, model.searched_dim)
 
     def close(self) -> None:
         """The connection of this thread; others close with their threads."""
@@ -297,7 +298,7 @@ def _table(fingerprint: str) -> str:
 
 def _binary(model: Model, progress: Callable[[int, int], None] | None) -> Iterator[bytes]:
     """All items as PostgreSQL's COPY reads them: each value behind its length, high bytes first."""
-    D = model.dim
+    D = model.searched_dim
     of_vector = [("size", ">i4"), ("dimension", ">i2"), ("unused", ">i2"), ("values", ">f4", (D,))]
     of_items = [("fields", ">i2"), ("l1", ">i4"), ("item", ">i4"), ("l2", ">i4"), ("category", ">i4")]
     yield b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -307,7 +308,7 @@ def _binary(model: Model, progress: Callable[[int, int], None] | None) -> Iterat
         rows = np.zeros(len(number), np.dtype([*of_items, *of_vector]))
         rows["fields"], rows["l1"], rows["l2"], rows["size"] = 3, 4, 4, 4 + 4 * D
         rows["item"], rows["category"] = number, model.category_of(number)
-        rows["dimension"], rows["values"] = D, model.item_vectors(number)
+        rows["dimension"], rows["values"] = D, model.searched_vectors(number)
         yield rows.tobytes()
         if progress:
             progress(min(at + _CHUNK, model.n_items), model.n_items)

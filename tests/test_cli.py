@@ -523,9 +523,12 @@ def test_training_with_factors(command):
     assert trained["factors"]["requests"] > 0
     command("index", "pooled")
     assert len(command("retrieve", "pooled", "--user", 7, "--k", 5, "--json").json["candidates"]) == 5
-    for others in (["--method", "mind"], ["--preset", "paper"]):
-        said = command("train", "store", "--out", "no", "--factors", *others).error
-        assert "--factors: for longretriever (but not the paper's) and ebr" in said
+    plain = command("train", "store", "--out", "plain", "--samples", 300, "--no-factors", "--json").json
+    assert plain["config"]["whole"]["factors"] == 0
+    assert "factors" not in plain
+    for others in (["--factors", "--method", "mind"], ["--no-factors", "--preset", "paper"]):
+        said = command("train", "store", "--out", "no", *others).error
+        assert "--[no-]factors: for longretriever (but not the paper's) and ebr" in said
 
 
 def test_verify(command, workspace):

@@ -110,7 +110,7 @@ def _ours() -> list[Arm]:
         "without returns": (replace(whole, returns=False), None),
         "without warm start": (replace(whole, warm_start=False), None),
         "with requests at a distance": (_at_a_distance(), None),
-        "with factors": (replace(whole, whole=EbrConfig(factors=None)), None),
+        "without factors": (replace(whole, whole=EbrConfig()), None),
     }
     return [
         Arm(name, "The default but for this.", learn=config, interests=interests)
@@ -119,7 +119,7 @@ def _ours() -> list[Arm]:
 
 
 def _every_sample() -> TrainConfig:
-    return TrainConfig(most=None, whole=EbrConfig(most=None), interests=PginConfig(most=None))
+    return TrainConfig(most=None, whole=EbrConfig(most=None, factors=None), interests=PginConfig(most=None))
 
 
 def _at_a_distance() -> TrainConfig:
@@ -127,7 +127,7 @@ def _at_a_distance() -> TrainConfig:
 
 
 def _no_bag() -> TrainConfig:
-    return TrainConfig(bag=False, whole=EbrConfig(bag=False))
+    return TrainConfig(bag=False, whole=EbrConfig(bag=False, factors=None))
 
 
 def _ulim() -> list[Arm]:

@@ -154,7 +154,9 @@ def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def save_model(run: Training, out: Path, beside: Mapping[str, Path], state: Path) -> None:
+def save_model(
+    run: Training, out: Path, beside: Mapping[str, Path], state: Path, threads: int | None = None
+) -> None:
     """Write what serving opens: the learner's own files, its weights, ids, and how they came about.
 
     `beside` are folders to become part of the model, by the names that they have there. Where item rows are
@@ -186,4 +188,4 @@ def save_model(run: Training, out: Path, beside: Mapping[str, Path], state: Path
         }
         weight = getattr(run.config, "factors", 0.0)
         if weight != 0:
-            folder.facts["factors"] = pool(folder, store, run.boundary, weight, run.config.seed)
+            folder.facts["factors"] = pool(folder, store, run.boundary, weight, run.config.seed, threads)

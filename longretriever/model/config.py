@@ -180,7 +180,7 @@ class TrainConfig(VectorLearning):
     returns: bool = True  # items met before compete by when they were met, the others by their vectors
     explore_weight: float = 0.5  # of the loss by vectors alone, beside that of the mixture with returns
     distance: float = 0.0  # share of samples asked for some events ahead, not just before
-    whole: EbrConfig | None = EbrConfig()  # one more vector, which searches all items; None: contexts alone
+    whole: EbrConfig | None = EbrConfig(factors=None)  # one more vector, searches all items; None: none does
     whole_share: float = 0.4  # of an answer's probability: for what that vector finds
     interests: PginConfig | None = PginConfig()  # the choice of contexts; None: by Equation 3
     mixed: bool = False  # batches of all categories: what the paper's Table 5 compares with

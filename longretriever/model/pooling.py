@@ -11,6 +11,7 @@ R requests, I items, J of them that compete, d width of vectors, D of factors.
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,9 @@ class HeldOut(NamedTuple):
     user: np.ndarray
 
 
+_NOBODY = HeldOut([], *(np.empty(0, kind) for kind in (np.int64, float, np.int64)))
+
+
 class Logits(NamedTuple):
     """Of vectors and of factors; `own + weight * factor` is what is pooled.
 
@@ -65,21 +69,25 @@ def pool(
 
     `until` is the time up to which the model has learned. `weight` None fits it; above 0, it is taken as it
     is. The same store, model and seed give the same. Time: that of `item_factors` in `warm.py`, and 2 to 10 s
-    to fit; memory: the same, and up to 400 MB to fit. Raises `MissingExtra` without `implicit`.
+    to fit; memory: the same, and up to 400 MB to fit. Where nothing is held out, nothing is done. Raises
+    `MissingExtra` without `implicit`.
     """
+    began = time.perf_counter()
+    asked = held_out(store, until, seed) if weight is None else _NOBODY
+    if weight is None and not asked.life:
+        return {"weight": 0.0, "requests": 0, "gain": 0.0, "gain_error": 0.0, "seconds": 0.0}
     model = Model(folder.so_far("model"))
     counts = interactions(store, until)
     counts.data *= SURE
     dim = max(1, model.dim - 1)  # with the padding twice the vectors' width: FAISS is slow at odd ones
     item = factorize(counts, dim, REGULARIZATION, seed, threads, iterations_for(counts.nnz))
-    facts: dict[str, Any] = {"weight": weight}
+    facts: dict[str, Any] = {"weight": weight, "requests": 0, "gain": 0.0, "gain_error": 0.0}
     if weight is None:
-        asked = held_out(store, until, seed)
         weight, gain, error = fitted(logits(model, item, asked, seed), asked)
         facts = {"weight": weight, "requests": len(asked.life), "gain": gain, "gain_error": error}
     if weight > 0:
         Factors.of(item, model.corpus_scale, weight).save(folder)
-    return facts
+    return {**facts, "seconds": round(time.perf_counter() - began, 3)}
 
 
 def held_out(store: Store, until: int, seed: int) -> HeldOut:

@@ -393,7 +393,7 @@ def _train(
     for name, of in _beside(run.config).items():
         beside[name] = _learn_beside(run, name, of, work, progress, checkpoint_seconds, threads)
     if wire.first:
-        save_model(run, target, beside, kept)
+        save_model(run, target, beside, kept, threads)
         shutil.rmtree(work, ignore_errors=True)
     wire.meet()
     return position

@@ -16,7 +16,7 @@ from longretriever.index import CLUSTERS, ExactIndex, build
 from longretriever.model.exported import Model
 from longretriever.pgvector import Database
 from longretriever.retrieve.numbers import matched
-from longretriever.retrieve.retriever import WHOLE, Retriever, Searched, check_own_vectors, trained_on
+from longretriever.retrieve.retriever import WHOLE, Retriever, Searched, trained_on
 from longretriever.saved import opening
 
 CARRIED = 0.1  # groups are made anew once so large a share of the items has come or gone
@@ -62,14 +62,12 @@ def load_into(
     """Put the vectors of a model folder into a database, with those that it brings to search all items.
 
     Each of the two appears at once, the other way round from how they are asked for: whoever finds the
-    model's finds what goes with it. Raises `RequestFailed`, a `SavedError`, or for factors `InputError`.
+    model's finds what goes with it. Raises `RequestFailed` or a `SavedError`.
     """
     path = Path(path)
     models = {"contexts": Model.open(path)}
     if (path / WHOLE).exists():
         models = {"whole": Model.open(path / WHOLE), **models}
-    for model in models.values():
-        check_own_vectors(model)
     for kind, model in models.items():
         database.load(model, kind, progress if kind == "contexts" else None)
 

@@ -42,6 +42,11 @@ class Ranked:
         if not 0 < self.share < np.inf:
             raise InputError(f"category {self.category}: share={self.share}, expected more than 0.")
 
+    @classmethod
+    def nothing(cls, category: int, share: float) -> Ranked:
+        """Of a context in which nothing was found."""
+        return cls(category, share, np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0))
+
 
 class Merged(NamedTuple):
     """One list, best first."""

@@ -4,7 +4,8 @@ What the vector alone gives in all to items that the user has not met, `own + we
 them; an item met keeps what the vector alone gives it (docs/log.md). Factorization is good at repeats, which
 would crowd out what is new; and whether people repeat at all, it does not know.
 
-One search by the pooled logits, for as many more items as the user has met; two normalisers.
+One search by the pooled logits, for as many more items as the user has met, and the sum of both logits over
+all items.
 
 n items, d width of vectors, W of what is searched (see `model/factors.py`).
 """
@@ -39,9 +40,8 @@ def pooled(
 ) -> Iterator[tuple[int, Ranked, float]]:
     """The answers of a model with factors, each with the row that it is of: up to k items, best first.
 
-    Nothing is left unsearched (the last number, see `Retriever`): the index is one of this process.
-
-    `unwanted` are items that must not come back. A list's cosines are those of the model's own vectors.
+    Behind each the share of all items that could not be searched, see `index.Nearest`. `unwanted` are items
+    that must not come back. A list's cosines are those of the model's own vectors.
     """
     model, index, factors = searched.model, searched.index, searched.model.factors
     assert factors is not None
@@ -53,27 +53,45 @@ def pooled(
     met = [row.met.item[~model.is_removed(row.met.item)] for row in rows]
     apart = [len(np.union1d(*two)) for two in zip(met, unwanted, strict=True)]
     fetch = max(1, min(k + max(apart), model.n_items))
-    found_nk, _ = index.search(both.vector, np.full(len(rows), CORPUS), fetch, tuple(ruled.excluded))
-    for n in range(len(rows)):
-        head = found_nk[n, : k + apart[n]]  # as many as this row alone would have fetched
-        new = head[(head >= 0) & ~np.isin(head, met[n])]
-        item = np.concatenate([new, met[n]])
-        cosine = model.item_vectors(item) @ user_nd[n]
+    corpus_n = np.full(len(rows), CORPUS)
+    # The sum by the first k alone: what others of the call have fetched must not change a user's answer.
+    near = index.nearest(both.vector, corpus_n, fetch, both.scale, k, tuple(ruled.excluded))
+    items = []
+    for n, fetched in enumerate(near.item):
+        head = fetched[: k + apart[n]]  # as many as this row alone would have fetched
+        if near.unsearched[n]:  # whether the others are of what was searched cannot be known
+            met[n] = met[n][np.isin(met[n], head)]
+        items.append(np.concatenate([head[(head >= 0) & ~np.isin(head, met[n])], met[n]]))
+    cosines = [model.item_vectors(item) @ user_D for item, user_D in zip(items, user_nd, strict=True)]
+    sum_n = _sums(index, alone, items, [model.corpus_scale * cosine for cosine in cosines])
+    for n, (item, cosine) in enumerate(zip(items, cosines, strict=True)):
+        if near.unsearched[n] == 1 or sum_n[n] == -np.inf:
+            yield n, Ranked.nothing(CORPUS, shares[n]), 1.0
+            continue
         own = model.corpus_scale * cosine.astype(np.float64)
         pool = own + factors.weight * (factors.item[item] @ factor_nD[n])
-        sums = [_log_sum(index, q, n, item, x) for q, x in ((alone, own), (both, pool))]
-        log_prob = _divided(own, pool, sums[0], sums[1], len(new))
+        log_prob = _divided(own, pool, sum_n[n], near.normaliser[n], len(item) - len(met[n]))
         keep = ~np.isin(item, unwanted[n])
         if ruled.excluded:
             keep &= ~np.isin(model.category_of(item), list(ruled.excluded))
         best = np.flatnonzero(keep)[np.argsort(-log_prob[keep], kind="stable")[:k]]
-        yield n, Ranked(CORPUS, shares[n], item[best], cosine[best], log_prob[best]), 0.0
+        yield (
+            n,
+            Ranked(CORPUS, shares[n], item[best], cosine[best], log_prob[best]),
+            float(near.unsearched[n]),
+        )
 
 
-def _log_sum(index: Searchable, queries: Queries, n: int, item: np.ndarray, logit: np.ndarray) -> float:
-    """Log of the summed exp of all items that can be found, of which these count exactly."""
-    query, scale, corpus = queries.vector[n], queries.scale[n], np.array([CORPUS])
-    return float(index.log_normaliser(query[None], corpus, scale, item[None], logit[None] / scale)[0])
+def _sums(
+    index: Searchable, queries: Queries, items: list[np.ndarray], logits: list[np.ndarray]
+) -> np.ndarray:
+    """[n] log of the summed exp of all items that can be found; of them, a row's own count exactly."""
+    n, widest = len(items), max(map(len, items), default=0)
+    item_nk = np.full((n, max(1, widest)), -1, np.int64)
+    cosine_nk = np.full(item_nk.shape, -np.inf)
+    for row, (item, logit) in enumerate(zip(items, logits, strict=True)):
+        item_nk[row, : len(item)], cosine_nk[row, : len(item)] = item, logit / queries.scale[row]
+    return index.log_normaliser(queries.vector, np.full(n, CORPUS), queries.scale, item_nk, cosine_nk)
 
 
 def _divided(own: np.ndarray, pool: np.ndarray, own_sum: float, pool_sum: float, new: int) -> np.ndarray:

@@ -33,7 +33,6 @@ WHOLE = "whole"
 
 _LATELY = 20  # last behaviors, the reasons in a context without any, where the model itself reads none
 
-_NOTHING = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0)  # items, cosines, log probabilities
 
 BATCH = 64  # users that share one call of the user tower and of the index
 
@@ -301,7 +300,7 @@ class Retriever:
         for n, i in enumerate(map(int, row_N)):
             share, unsearched = shares[i] / vectors.interests[i], float(near.unsearched[n])
             if unsearched == 1:  # whom of it the user has met would be known, but not against what
-                yield i, Ranked(rows[i].category, share, *_NOTHING), unsearched
+                yield i, Ranked.nothing(rows[i].category, share), unsearched
                 continue
             head = k + len(unwanted[i])  # as many as this row alone would have fetched
             found = Found(
@@ -501,15 +500,6 @@ def _met_among(item: np.ndarray, met: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return known, places, missing
 
 
-def check_own_vectors(model: Model) -> None:
-    """Raise `InputError` for a model whose items are searched for by more than their vectors."""
-    if model.factors is not None:
-        raise InputError(
-            f"{model.path} has factors, which only the index in its own folder can search: shards and "
-            "databases cannot yet. Leave them out, or train without --factors."
-        )
-
-
 def _is_folder(index: IndexAt) -> bool:
     return isinstance(index, str | os.PathLike) and not is_database(index)
 
@@ -517,8 +507,6 @@ def _is_folder(index: IndexAt) -> bool:
 def _opened(model: Model, index: IndexAt, exact: bool, verify: bool) -> Searchable:
     if exact:
         return ExactIndex(model.searched_vectors(slice(None)), model.category_start, model.removed)
-    if not _is_folder(index):
-        check_own_vectors(model)
     if not isinstance(index, str | os.PathLike):
         return index.index_of(model)
     if is_database(index):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longretriever.errors import InputError, NotLoaded, RequestFailed
-from longretriever.index import CORPUS, Nearest, Part, Searchable, checked_queries, combined
+from longretriever.index import CORPUS, Nearest, Part, Searchable, checked_queries, combined, summed
 from longretriever.model.exported import Model
 from longretriever.shards import wire
 from longretriever.shards.calls import Call, Outcome, Server, Told, ask, log
@@ -168,7 +168,7 @@ class Fleet:
             )
 
     def index_of(self, model: Model) -> Sharded:
-        return Sharded(self, model.fingerprint, model.category_start, model.dim)
+        return Sharded(self, model.fingerprint, model.category_start, model.searched_dim)
 
     def close(self) -> None:
         self._stop = True
@@ -208,11 +208,29 @@ class Sharded(Searchable):
         items_Nk: np.ndarray,
         cosine_Nk: np.ndarray,
     ) -> np.ndarray:
-        """See `Index.log_normaliser`; searches again. Raises `RequestFailed`."""
-        k = np.shape(items_Nk)[-1]
-        near = self.nearest(user_vectors_ND, contexts_N, k, scale, k)
-        self._check_all_searched(near, contexts_N)
-        return near.normaliser
+        """See `Index.log_normaliser`; of single categories, searches again.
+
+        The sum of all items is that of the shards that answer, as in `nearest`; -inf where none does. Raises
+        `RequestFailed` where the shard of a category does not.
+        """
+        item_Nk, cosine_Nk = np.asarray(items_Nk), np.asarray(cosine_Nk)
+        k = item_Nk.shape[-1]
+        user_ND, context_N = checked_queries(
+            user_vectors_ND, contexts_N, k, self.dimension, self.n_categories
+        )
+        scale_N = np.broadcast_to(np.asarray(scale, np.float64), len(user_ND))
+        log_sum_N = np.full(len(user_ND), -np.inf)
+        whole = context_N == CORPUS
+        if (~whole).any():
+            near = self.nearest(user_ND[~whole], context_N[~whole], k, scale_N[~whole], k)
+            self._check_all_searched(near, context_N[~whole])
+            log_sum_N[~whole] = near.normaliser
+        if whole.any():
+            rows = _Rows(user_ND[whole], context_N[whole], scale_N[whole], k=0, head=1, without=())
+            parts, _ = self._ask(rows, np.arange(len(rows.user)), None, look_at_all=False)
+            if parts:
+                log_sum_N[whole] = summed(parts, scale_N[whole], item_Nk[whole], cosine_Nk[whole])
+        return log_sum_N
 
     def _check_all_searched(self, near: Nearest, contexts_N: np.ndarray) -> None:
         missing = np.asarray(contexts_N)[near.unsearched > 0]
@@ -250,13 +268,20 @@ class Sharded(Searchable):
         )
         rows = _Rows(user_ND, context_N, scale_N, k, head, tuple(without))
         whole = np.flatnonzero(context_N == CORPUS)
-        again = self._ask(rows, np.arange(n), out, look_at_all=False)
-        if again:  # the nearest groups held fewer than k
-            self._ask(rows, whole, out, look_at_all=True)
+        parts, searched = self._ask(rows, np.arange(n), out, look_at_all=False)
+        self._combine(rows, whole, parts, searched, out)
+        if not all(part.all_seen for part in parts) and (out.item[whole] < 0).any():
+            parts, searched = self._ask(rows, whole, out, look_at_all=True)  # the groups held fewer than k
+            self._combine(rows, whole, parts, searched, out)
         return out
 
-    def _ask(self, rows: _Rows, which: np.ndarray, out: Nearest, look_at_all: bool) -> bool:
-        """Fill in the answers to these rows; whether to ask again, looking at all items."""
+    def _ask(
+        self, rows: _Rows, which: np.ndarray, out: Nearest | None, look_at_all: bool
+    ) -> tuple[list[Part], int]:
+        """Fill in the answers to these rows of single categories.
+
+        Returns what was said to those of all items, and how many items those have who said it.
+        """
         layout = self.fleet.layout(self.fingerprint)
         groups = _rows_by_group(layout, rows.context[which])
         whole = which[rows.context[which] == CORPUS]
@@ -275,21 +300,27 @@ class Sharded(Searchable):
             if found is None:
                 continue
             near, part = found
-            single = mine[:n]
-            for target, column in zip(out[:3], near[:3], strict=True):
-                target[single] = column
-            out.unsearched[single] = 0
-            parts.append(part)
-            searched += sum(int(self.category_start[b] - self.category_start[a]) for a, b in group.ranges)
-        if not len(whole) or not parts:
-            return False
+            if n and out is not None:
+                for target, column in zip(out[:3], near[:3], strict=True):
+                    target[mine[:n]] = column
+                out.unsearched[mine[:n]] = 0
+            if len(whole):
+                parts.append(part)
+                searched += sum(int(self.category_start[b] - self.category_start[a]) for a, b in group.ranges)
+        return parts, searched
+
+    def _combine(
+        self, rows: _Rows, whole: np.ndarray, parts: list[Part], searched: int, out: Nearest
+    ) -> None:
+        """Fill in the answers to the rows of all items."""
+        if not parts:
+            return
         total = combined(parts, rows.k, rows.scale[whole], rows.head)
         width = total.item.shape[1]  # fewer than k where parts have fewer in all
         for target, column in ((out.item, total.item), (out.cosine, total.cosine)):
             target[whole, :width] = column
         out.normaliser[whole] = total.normaliser
         out.unsearched[whole] = 1 - searched / max(1, self.n_items)
-        return not all(part.all_seen for part in parts) and bool((out.item[whole] < 0).any())
 
     def _called(self, calls: list[Call]) -> list[Outcome]:
         fleet = self.fleet

@@ -87,9 +87,10 @@ class Held:
         if (whole_N[:-1] & ~whole_N[1:]).any():
             raise InputError("context: -1 stands before a category, expected those of all items last.")
         self._check_held(context_N[~whole_N], asked.ranges)
-        if asked.head < 1 or any(not 0 <= c < self.index.n_categories for c in asked.without):
+        if asked.k < 0 or asked.head < 1 or any(not 0 <= c < self.index.n_categories for c in asked.without):
             raise InputError(
-                f"head={asked.head}, without={asked.without}: expected 1 or more, and categories."
+                f"k={asked.k}, head={asked.head}, without={asked.without}: expected 0 or more, 1 or more, "
+                "and categories."
             )
         near = part = None
         if not whole_N.all():

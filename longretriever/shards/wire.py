@@ -32,7 +32,7 @@ class Search(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """N searches, and for those of all items the categories that this shard is to answer for."""
 
     model: str  # fingerprint
-    k: int
+    k: int  # 0, of all items alone: what `index.summed` needs
     head: int  # see `Searchable.nearest`
     user: bytes  # [N, D] float32
     context: bytes  # [N] int32: a category number, or -1

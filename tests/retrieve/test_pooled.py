@@ -13,20 +13,22 @@ import pyarrow as pa
 import pytest
 
 from longretriever import clusters
-from longretriever.errors import InputError
 from longretriever.index import CORPUS
 from longretriever.model.config import EbrConfig, TrainConfig
 from longretriever.model.exported import Model
 from longretriever.model.factors import SURE, user_factor
 from longretriever.model.train import train
 from longretriever.retrieve.added import add_items, remove_items
-from longretriever.retrieve.indexing import index_model, load_into
+from longretriever.retrieve.indexing import index_model
 from longretriever.retrieve.merge import Merged, Ranked, probability
 from longretriever.retrieve.retriever import Retriever
 from longretriever.retrieve.rules import Rules
 from longretriever.saved import opening
+from longretriever.shards.fleet import Fleet
+from longretriever.shards.held import Share
 from longretriever.store.behaviors import Life, Store
 from longretriever.store.joined import Joined, LiveEvents
+from tests.shards.running import nth, shards
 from tests.worlds import DAY, START, parity_items, parity_log, stored, table
 
 SHORT = {"dim": 8, "step_samples": 200, "epochs": 1, "warm_start": False, "id_dropout": 0.3}
@@ -112,7 +114,8 @@ def test_factors_change_the_order_and_weight_0_is_the_model_without(store, model
         train(store, tmp_path / name, replace(EBR, factors=weight, validation=0.0))
         index_model(tmp_path / name)
     without, unfitted = (opening(tmp_path / name, "model") for name in ("without", "unfitted"))
-    assert unfitted.facts["factors"] == {"weight": 0.0, "requests": 0, "gain": 0.0, "gain_error": 0.0}
+    nothing = {"weight": 0.0, "requests": 0, "gain": 0.0, "gain_error": 0.0, "seconds": 0.0}
+    assert unfitted.facts["factors"] == nothing
     assert without.fingerprint == unfitted.fingerprint, "where nothing is held out, nothing is saved"
     assert "item_factor.npy" not in without.files
     pooled, plain = Retriever.load(model), Retriever.load(tmp_path / "without")
@@ -191,12 +194,38 @@ def test_similar_items_are_those_of_the_vectors_alone(model):
         np.testing.assert_allclose([one.similarity for one in found], np.sort(cosine)[::-1][:4], atol=1e-3)
 
 
-def test_only_the_index_in_its_folder_has_both_parts(model):
-    elsewhere = SimpleNamespace(index_of=lambda of: pytest.fail("it was asked"))
-    with pytest.raises(InputError, match="has factors, which only the index in its own folder can search"):
-        Retriever.load(model, index=elsewhere)
-    with pytest.raises(InputError, match="train without --factors"):
-        load_into(SimpleNamespace(load=lambda *of: pytest.fail("it was loaded")), model)
+def test_shards_answer_as_the_whole_index_and_say_what_is_down(model):
+    alone = Retriever.load(model)
+    with (
+        shards(model, nth(1, 2), nth(2, 2)) as (first, second),
+        Fleet([first.url, second.url], look=60) as fleet,
+    ):
+        through = Retriever.load(model, index=fleet)
+        for user in range(6):
+            life = alone.store.life(user, NOW + user * DAY)
+            found, wanted = (listed(one, life, 36) for one in (through, alone))
+            order = np.argsort(found.item), np.argsort(wanted.item)
+            assert np.array_equal(found.item[order[0]], wanted.item[order[1]])
+            shift = found.log_prob[order[0]] - wanted.log_prob[order[1]]
+            np.testing.assert_allclose(shift, 0, atol=2e-3)  # sums of 16-bit cosines, and of 32-bit ones
+            heads = [listed(one, life, 5).log_prob for one in (through, alone)]
+            np.testing.assert_allclose(*heads, atol=2e-3)
+        life = alone.store.life(3, NOW)
+        second.stop()
+        ((_, end),) = Share((1, 2)).ranges(alone.model.category_start)
+        held = alone.model.category_start[end]
+        there = life.items()[life.items() < held]
+        wanted = brute(alone, life)[:held]
+        found = listed(through, life, 36)
+        assert sorted(found.item) == [*range(held)]
+        assert np.exp(found.log_prob).sum() == pytest.approx(1, abs=0.03)  # among what was searched
+        some = np.isin(found.item, there)
+        shift = found.log_prob - wanted[found.item]
+        for part in (shift[some], shift[~some]):  # within each, as they were
+            np.testing.assert_allclose(part, part[0], atol=0.03)
+        assert through.answer([life], 36)[0].partial
+        first.stop()
+        assert len(listed(through, life, 36).item) == 0
 
 
 def old_taste(users: int = 150, seed: int = 0) -> pa.Table:

@@ -27,7 +27,7 @@ SMALL = TrainConfig(
     layers=1,
     epochs=1,
     step_samples=2_000,
-    whole=EbrConfig(dim=16, layers=1, epochs=1, step_samples=2_000),
+    whole=EbrConfig(dim=16, layers=1, epochs=1, step_samples=2_000, factors=2.0),
     interests=PginConfig(dim=16, epochs=1),
 )
 

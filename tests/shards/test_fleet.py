@@ -96,6 +96,10 @@ def test_they_answer_as_the_whole_index(tmp_path, kind, without):
         np.testing.assert_allclose(
             log_z, index.log_normaliser(users, contexts, 10.0, item, cosine), atol=1e-5
         )
+        whole = contexts == CORPUS  # the sum counts exactly what it is told to, whatever is nearest
+        given = users[whole], contexts[whole], scale[whole], *index.search(-users[whole], contexts[whole], 90)
+        log_z, wanted = (one.log_normaliser(*given) for one in (sharded(fleet), index))
+        np.testing.assert_allclose(log_z, wanted, atol=1e-5)
 
 
 def test_ranges_that_overlap_are_asked_once(folder):
@@ -131,6 +135,11 @@ def test_what_a_dead_shard_had_is_missing_and_the_rest_is_as_it_was(folder):
             assert (second.url, "failed") in {what[:2] for what in told}
             with pytest.raises(RequestFailed, match="no shard answers for context"):
                 sharded(fleet).search(*asked[:3])
+            item, cosine = found.item[-1:], found.cosine[-1:]
+            log_z = sharded(fleet).log_normaliser(asked[0][-1:], [CORPUS], 10.0, item, cosine)
+            np.testing.assert_allclose(log_z, found.normaliser[-1:], atol=1e-5)
+            with pytest.raises(RequestFailed, match="no shard answers for context"):
+                sharded(fleet).log_normaliser(*asked[:2], 10.0, found.item, found.cosine)
             assert not fleet.servers[1].up
             second.start()
             wait_for(lambda: (fleet.look_around(), fleet.servers[1].up)[1])

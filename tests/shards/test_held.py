@@ -109,7 +109,7 @@ def test_requests_that_make_no_sense_are_refused_and_harm_nobody(folder):
             "NaN or infinity": [search(user=np.full((2, D), np.nan))],
             "A scale is NaN": [search(scale=np.array([1, np.inf]))],
             "expected at least 1": [search(k=0)],
-            "expected 1 or more, and categories": [search(head=0), search(without=[99])],
+            "expected 0 or more, 1 or more, and cat": [search(k=-1), search(head=0), search(without=[99])],
             "stands before a category": [search(context=np.array([CORPUS, 3]))],
         }
         for detail, bodies in wrong.items():
