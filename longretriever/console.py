@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longretriever.model.train import Tick
     from longretriever.retrieve.retrieval import Reason, Retrieval
 
-LEARNING = {"interests": "next category", "whole": "all items"}
+LEARNING = {"interests": "next category", "whole": "all items", "factors": "factors of who met what"}
 """What a model learns beside its vectors of contexts, in words for people."""
 
 out = Console()
@@ -147,6 +147,9 @@ def testing_bar() -> Iterator[tuple[Callable[[Tick], None], Callable[[int, int],
         def show(tick: Tick) -> None:
             nonlocal steps, recent
             at = tick.position
+            if tick.learning == "factors":
+                progress.update(task, total=None, description=LEARNING["factors"])
+                return
             what = f"{LEARNING[tick.learning]}, " if tick.learning in LEARNING else ""
             if tick.loss != tick.loss:  # an epoch has ended
                 gain = f", held out {tick.validation:.3f}" if tick.validation is not None else ""

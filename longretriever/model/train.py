@@ -79,7 +79,8 @@ class Position:
 
 @dataclass(frozen=True)
 class Tick:
-    """What `progress` is told after each step, and once more after each epoch (with `validation`)."""
+    """What `progress` is told after each step, once more after each epoch (with `validation`), and before
+    factors are learned, which takes a while."""
 
     position: Position
     share: float  # of the whole training, 0 to 1
@@ -87,7 +88,7 @@ class Tick:
     chance: float  # the same for guessing evenly
     samples_per_second: float
     validation: float | None = None
-    learning: str = "contexts"  # or what else is learned, see `SHARES`
+    learning: str = "contexts"  # or what else is learned, see `SHARES`, and "factors"
 
 
 class Training:
@@ -393,6 +394,8 @@ def _train(
     for name, of in _beside(run.config).items():
         beside[name] = _learn_beside(run, name, of, work, progress, checkpoint_seconds, threads)
     if wire.first:
+        if progress and getattr(run.config, "factors", 0.0) != 0:
+            progress(Tick(run.at, 1.0, 0.0, 0.0, _rate(run.at), learning="factors"))
         save_model(run, target, beside, kept, threads)
         shutil.rmtree(work, ignore_errors=True)
     wire.meet()
@@ -431,7 +434,7 @@ def _learn_beside(
 
     def say(tick: Tick) -> None:
         if progress:
-            progress(replace(tick, learning=name))
+            progress(tick if tick.learning == "factors" else replace(tick, learning=name))
 
     path, wire = work / name, run.wire
     if wire.from_first(path.exists()):  # a run was killed between that and the saving of the model

@@ -254,7 +254,10 @@ def old(tmp_path_factory) -> Path:
     log = stored(old_taste(), path / "store")
     whole = EbrConfig(dim=16, length=6, epochs=4, step_samples=100, validation=0.045, factors=None)
     of_contexts = {"context_length": 6, "interests": None, "validation": 0.045}
-    train(log, path / "with", TrainConfig(dim=16, epochs=1, step_samples=100, **of_contexts, whole=whole))
+    config = TrainConfig(dim=16, epochs=1, step_samples=100, **of_contexts, whole=whole)
+    told: list[str] = []
+    train(log, path / "with", config, progress=lambda tick: told.append(tick.learning))
+    assert told[-1] == "factors", "it takes a while, so it is said"
     train(log, path / "without", replace(whole, factors=0.0))
     for name in ("with", "without"):
         index_model(path / name)
