@@ -49,6 +49,11 @@ def show(facts: Mapping[str, Any], as_json: bool, summary: Mapping[str, Any] | N
     out.print(grid)
 
 
+def say(line: str) -> None:
+    """A line about progress."""
+    err.print(f"[dim]{escape(line)}[/]", highlight=False)
+
+
 def day(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
 
