@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/longretriever demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .

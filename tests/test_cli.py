@@ -687,7 +687,7 @@ main()
 LIGHT = f"""
 import atexit, os, sys
 from longretriever.cli import main
-heavy = {{"torch", "onnxruntime", "faiss", "duckdb", "ibis"}}
+heavy = {{"torch", "onnxruntime", "faiss", "duckdb", "ibis", "pyarrow"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 atexit.register(lambda: "torch" in sys.modules and os._exit(77))
 {MAIN}
