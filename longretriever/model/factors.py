@@ -1,10 +1,10 @@
 """What do people with a life like this one meet? Factors beside the vector that searches all items.
 
 The vector of the user as a whole reads his last behaviors. A factorization of who met what (alternating least
-squares; Hu, Koren, Volinsky 2008) knows no order and no features, but it reads the whole life, however long:
-the user's factor is solved anew at each request from all items met and how often. The two are pooled in the
-logits, `scale * cosine + weight * x·y`. `pooling.py` learns the factors and says which weight; this is what
-serving needs, without PyTorch.
+squares; Hu, Koren, Volinsky 2008) knows no order and no features, but it reads far more of a life: the user's
+factor is solved anew at each request from thousands of items, and how often each was met. The two are pooled
+in the logits, `scale * cosine + weight * x·y`. `pooling.py` learns the factors and says which weight; this is
+what serving needs, without PyTorch.
 
 One search finds the highest sums: `[scale * e, weight * y]` of an item, brought to one length by a last
 number, is what the index holds, and `[u, x, 0]` of a user, of length 1, is what is searched for. Inner
@@ -28,15 +28,16 @@ SURE = 40.0
 
 REGULARIZATION = 100.0
 
-MOST = 2_000
-"""Distinct items of a life that are read: those met last. docs/log.md has what that costs and saves."""
+READ, MOST = 8_192, 2_000
+"""Last behaviors of a life that are read, and distinct items of them, those met last, that count: a request
+costs the same however long the life. docs/log.md has what that costs and saves."""
 
 ITEM_FACTOR = "item_factor"
 _GRAM, _WEIGHT = "factor_gram", "factor_weight"
 
 
 class Met(NamedTuple):
-    """Distinct items of a whole life, in a model's numbers, and how often each was met."""
+    """Distinct items of a life, in a model's numbers, and how often each was met."""
 
     item: np.ndarray  # [n]
     times: np.ndarray  # [n]

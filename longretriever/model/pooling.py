@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longretriever.model.exported import Model, Request
-from longretriever.model.factors import MOST, REGULARIZATION, SURE, Factors, Met, gram, user_factor
+from longretriever.model.factors import MOST, READ, REGULARIZATION, SURE, Factors, Met, gram, user_factor
 from longretriever.model.warm import factorize, interactions, iterations_for
 from longretriever.saved import Folder
 from longretriever.store.behaviors import Life, Store
@@ -146,7 +146,7 @@ def _users(model: Model, item_ID: np.ndarray, asked: HeldOut) -> tuple[np.ndarra
         requests = [Request(-1, recent, recent, life.profile(), life.now) for recent, life in of]
         user.append(model.user_vectors(requests).user[:, 0])
         for row, life in enumerate(lives, start=at):
-            met = Met(*life.counts(MOST))
+            met = Met(*life.counts(READ, MOST))
             factor[row] = user_factor(item_ID[met.item], SURE * met.times, gram_DD)
     return np.concatenate(user), factor.astype(np.float32)
 

@@ -13,7 +13,7 @@ import pyarrow.compute
 from longretriever.errors import Mismatch
 from longretriever.events import ITEM
 from longretriever.model.exported import Model
-from longretriever.model.factors import MOST, Met
+from longretriever.model.factors import MOST, READ, Met
 from longretriever.store.behaviors import Behaviors, Life, Store, Vocabulary
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Numbers:
         return found[found >= 0]
 
     def met(self, life: Life) -> Met:
-        """Of the items of a whole life, those that the model knows, and how often each was met."""
-        items, count = life.counts(MOST)
+        """What factors read of a life: items that the model knows, and how often each was met."""
+        items, count = life.counts(READ, MOST)
         found = self._items(items)
         return Met(found[found >= 0], count[found >= 0])
 

@@ -369,23 +369,16 @@ class Life:
         rows = self.store.rows_of(self.user)
         return np.unique(self.store.event_item[rows][self.store.event_time[rows] < self.now])
 
-    def counts(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """[n] distinct items met, sorted, and how often each; at most so many, those met last.
+    def counts(self, behaviors: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """[n] distinct items of the last so many behaviors, sorted, and how often each was met in them.
 
-        O(events of the user), a sort of them.
+        Of more than `most` items, those met last. O(behaviors log behaviors), however long the life.
         """
-        rows = self.store.rows_of(self.user)
-        time = self.store.event_time[rows]
-        there = (time < self.now) & (time >= self.since)
-        item, which, n = np.unique(
-            self.store.event_item[rows][there], return_inverse=True, return_counts=True
-        )
-        if len(item) > most:
-            last = np.zeros(len(item), np.int64)
-            np.maximum.at(last, which, time[there])
-            kept = np.sort(np.argsort(-last, kind="stable")[:most])
-            item, n = item[kept], n[kept]
-        return item, n
+        rows = self.store.recent(self.user, self.now, behaviors)[::-1]
+        rows = rows[self.store.event_time[rows] >= self.since]
+        item, newest, n = np.unique(self.store.event_item[rows], return_index=True, return_counts=True)
+        kept = np.sort(np.argsort(newest)[:most])
+        return item[kept], n[kept]
 
     def profile(self) -> np.ndarray:
         """[P] codes of the profile fields."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -89,16 +91,11 @@ def test_counts_are_those_of_a_scan_of_the_life(tmp_path):
         for life in (store.life(user, now), store.life(user, now).lately(11), store.life(user, since)):
             rows = store.rows_of(user)
             events = zip(store.event_item[rows], store.event_time[rows], strict=True)
-            scan: dict[int, list[int]] = {}
-            for item, time in sorted(events, key=lambda event: event[1]):
-                if life.since <= time < life.now:
-                    scan.setdefault(int(item), []).append(int(time))
-            item, times = life.counts(1000)
-            assert dict(zip(item.tolist(), times.tolist(), strict=True)) == {
-                i: len(t) for i, t in scan.items()
-            }
-            assert item.tolist() == sorted(scan)
-            few, times = life.counts(3)
-            newest = sorted(scan, key=lambda i: (-scan[i][-1], i))[:3]
-            assert few.tolist() == sorted(newest)
-            assert times.tolist() == [len(scan[i]) for i in sorted(newest)]
+            lived = [item for item, time in events if life.since <= time < life.now]
+            item, times = life.counts(1000, 1000)
+            assert dict(zip(item.tolist(), times.tolist(), strict=True)) == Counter(lived)
+            assert item.tolist() == sorted(set(lived))
+            newest = life.recent(10).item.tolist()[::-1]
+            few, times = life.counts(10, 3)
+            assert few.tolist() == sorted(list(dict.fromkeys(newest))[:3])
+            assert times.tolist() == [newest.count(i) for i in few]
