@@ -150,9 +150,7 @@ def configured(method: str, preset: str | None, given: Mapping[str, Any]) -> Any
     """The configuration of a method, with what options say; those that are None stay as they are."""
     from longretriever.model.config import LEARNED, configuration
 
-    if method not in LEARNED:
-        raise InputError(f"--method {method}: expected one of {', '.join(LEARNED)}.")
-    config = configuration(method)
+    config = configuration(one_of("--method", method, LEARNED))
     if preset is not None:
         if preset != "paper" or not hasattr(config, "paper"):
             raise InputError(f"--preset {preset} of {method}: expected paper, of longretriever or ebr.")
@@ -194,9 +192,7 @@ def interests(text: str | None) -> Interests | None:
 def merge(name: str | None) -> Merge | None:
     from longretriever.retrieve.merge import MERGES
 
-    if name is not None and name not in MERGES:
-        raise InputError(f"--merge {name}: expected one of {', '.join(MERGES)}.")
-    return MERGES[name] if name else None
+    return None if name is None else MERGES[one_of("--merge", name, tuple(MERGES))]
 
 
 def rules(

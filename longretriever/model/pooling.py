@@ -44,9 +44,6 @@ class HeldOut(NamedTuple):
     user: np.ndarray
 
 
-_NOBODY = HeldOut([], *(np.empty(0, kind) for kind in (np.int64, float, np.int64)))
-
-
 class Logits(NamedTuple):
     """Of vectors and of factors; `own + weight * factor` is what is pooled.
 
@@ -73,20 +70,20 @@ def pool(
     `MissingExtra` without `implicit`.
     """
     began = time.perf_counter()
-    asked = held_out(store, until, seed) if weight is None else _NOBODY
-    if weight is None and not asked.life:
-        return {"weight": 0.0, "requests": 0, "gain": 0.0, "gain_error": 0.0, "seconds": 0.0}
+    facts: dict[str, Any] = {"weight": weight or 0.0, "requests": 0, "gain": 0.0, "gain_error": 0.0}
+    asked = held_out(store, until, seed) if weight is None else None
+    if asked is not None and not asked.life:
+        return {**facts, "seconds": 0.0}
     model = Model(folder.so_far("model"))
     counts = interactions(store, until)
     counts.data *= SURE
     dim = max(1, model.dim - 1)  # with the padding twice the vectors' width: FAISS is slow at odd ones
     item = factorize(counts, dim, REGULARIZATION, seed, threads, iterations_for(counts.nnz))
-    facts: dict[str, Any] = {"weight": weight, "requests": 0, "gain": 0.0, "gain_error": 0.0}
-    if weight is None:
-        weight, gain, error = fitted(logits(model, item, asked, seed), asked)
-        facts = {"weight": weight, "requests": len(asked.life), "gain": gain, "gain_error": error}
-    if weight > 0:
-        Factors.of(item, model.corpus_scale, weight).save(folder)
+    if asked is not None:
+        fit, gain, error = fitted(logits(model, item, asked, seed), asked)
+        facts = {"weight": fit, "requests": len(asked.life), "gain": gain, "gain_error": error}
+    if facts["weight"] > 0:
+        Factors.of(item, model.corpus_scale, facts["weight"]).save(folder)
     return {**facts, "seconds": round(time.perf_counter() - began, 3)}
 
 

@@ -63,12 +63,12 @@ def pooled(
             met[n] = met[n][np.isin(met[n], head)]
         items.append(np.concatenate([head[(head >= 0) & ~np.isin(head, met[n])], met[n]]))
     cosines = [model.item_vectors(item) @ user_D for item, user_D in zip(items, user_nd, strict=True)]
-    sum_n = _sums(index, alone, items, [model.corpus_scale * cosine for cosine in cosines])
-    for n, (item, cosine) in enumerate(zip(items, cosines, strict=True)):
+    owns = [model.corpus_scale * cosine.astype(np.float64) for cosine in cosines]
+    sum_n = _sums(index, alone, items, owns)
+    for n, (item, cosine, own) in enumerate(zip(items, cosines, owns, strict=True)):
         if near.unsearched[n] == 1 or sum_n[n] == -np.inf:
             yield n, Ranked.nothing(CORPUS, shares[n]), 1.0
             continue
-        own = model.corpus_scale * cosine.astype(np.float64)
         pool = own + factors.weight * (factors.item[item] @ factor_nD[n])
         log_prob = _divided(own, pool, sum_n[n], near.normaliser[n], len(item) - len(met[n]))
         keep = ~np.isin(item, unwanted[n])

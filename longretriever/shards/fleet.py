@@ -227,7 +227,7 @@ class Sharded(Searchable):
             log_sum_N[~whole] = near.normaliser
         if whole.any():
             rows = _Rows(user_ND[whole], context_N[whole], scale_N[whole], k=0, head=1, without=())
-            parts, _ = self._ask(rows, np.arange(len(rows.user)), None, look_at_all=False)
+            parts = [said.part for said in self._ask(rows, np.arange(len(rows.user)), look_at_all=False)]
             if parts:
                 log_sum_N[whole] = summed(parts, scale_N[whole], item_Nk[whole], cosine_Nk[whole])
         return log_sum_N
@@ -268,20 +268,19 @@ class Sharded(Searchable):
         )
         rows = _Rows(user_ND, context_N, scale_N, k, head, tuple(without))
         whole = np.flatnonzero(context_N == CORPUS)
-        parts, searched = self._ask(rows, np.arange(n), out, look_at_all=False)
-        self._combine(rows, whole, parts, searched, out)
-        if not all(part.all_seen for part in parts) and (out.item[whole] < 0).any():
-            parts, searched = self._ask(rows, whole, out, look_at_all=True)  # the groups held fewer than k
-            self._combine(rows, whole, parts, searched, out)
+        answers = self._ask(rows, np.arange(n), look_at_all=False)
+        for said in answers:
+            for target, column in zip(out[:3], said.near[:3], strict=True):
+                target[said.single] = column
+            out.unsearched[said.single] = 0
+        self._combine(rows, whole, answers, out)
+        if not all(said.part.all_seen for said in answers) and (out.item[whole] < 0).any():
+            answers = self._ask(rows, whole, look_at_all=True)  # the groups held fewer than k
+            self._combine(rows, whole, answers, out)
         return out
 
-    def _ask(
-        self, rows: _Rows, which: np.ndarray, out: Nearest | None, look_at_all: bool
-    ) -> tuple[list[Part], int]:
-        """Fill in the answers to these rows of single categories.
-
-        Returns what was said to those of all items, and how many items those have who said it.
-        """
+    def _ask(self, rows: _Rows, which: np.ndarray, look_at_all: bool) -> list[_Answer]:
+        """What the shards say to these rows, of those groups of categories for which one answers."""
         layout = self.fleet.layout(self.fingerprint)
         groups = _rows_by_group(layout, rows.context[which])
         whole = which[rows.context[which] == CORPUS]
@@ -294,27 +293,20 @@ class Sharded(Searchable):
                 calls.append(
                     Call(self.fleet.in_order(group, turn), rows.search(self, mine, ranges, look_at_all))
                 )
-        parts, searched = [], 0
+        answers = []
         for (group, mine, n), outcome in zip(named, self._called(calls), strict=True):
             found = self._understood(outcome, rows.context[mine], rows.k)
-            if found is None:
-                continue
-            near, part = found
-            if n and out is not None:
-                for target, column in zip(out[:3], near[:3], strict=True):
-                    target[mine[:n]] = column
-                out.unsearched[mine[:n]] = 0
-            if len(whole):
-                parts.append(part)
-                searched += sum(int(self.category_start[b] - self.category_start[a]) for a, b in group.ranges)
-        return parts, searched
+            if found is not None:
+                answers.append(_Answer(group, mine[:n], *found))
+        return answers
 
-    def _combine(
-        self, rows: _Rows, whole: np.ndarray, parts: list[Part], searched: int, out: Nearest
-    ) -> None:
+    def _combine(self, rows: _Rows, whole: np.ndarray, answers: list[_Answer], out: Nearest) -> None:
         """Fill in the answers to the rows of all items."""
-        if not parts:
+        if not len(whole) or not answers:
             return
+        start, ranges = self.category_start, [one for said in answers for one in said.group.ranges]
+        searched = sum(int(start[end] - start[first]) for first, end in ranges)
+        parts = [said.part for said in answers]
         total = combined(parts, rows.k, rows.scale[whole], rows.head)
         width = total.item.shape[1]  # fewer than k where parts have fewer in all
         for target, column in ((out.item, total.item), (out.cosine, total.cosine)):
@@ -337,6 +329,15 @@ class Sharded(Searchable):
         except InputError as error:
             outcome.failures.append(str(error))
             return None
+
+
+class _Answer(NamedTuple):
+    """What one group's shard said: to the rows of single categories, and to all rows of all items."""
+
+    group: Group
+    single: np.ndarray  # which rows `near` answers
+    near: Nearest
+    part: Part
 
 
 class _Rows(NamedTuple):
